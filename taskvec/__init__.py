@@ -1,0 +1,56 @@
+"""taskvec: add and subtract what a fine-tune taught a model, straight on checkpoint files. Importing it imports no torch."""
+
+from ._version import __version__
+from .checkpoint.checkpoint import Checkpoint
+from .delta.vector import TaskVector
+from .errors import (
+    AdapterError,
+    CheckpointError,
+    HeaderError,
+    MismatchError,
+    NameMismatchError,
+    NotEnoughDiskError,
+    OutputError,
+    OutputExistsError,
+    OutputOverlapError,
+    QuantizedError,
+    ShapeMismatchError,
+    SourceChangedError,
+    TaskvecError,
+    UsageError,
+    VerificationError,
+)
+from .insight.inspect import Inspection, inspect
+from .run.edited import EditedCheckpoint, Report, add, subtract
+from .run.plan import Plan
+from .run.verify import Verification, verify
+
+__all__ = [
+    "AdapterError",
+    "Checkpoint",
+    "CheckpointError",
+    "EditedCheckpoint",
+    "HeaderError",
+    "Inspection",
+    "MismatchError",
+    "NameMismatchError",
+    "NotEnoughDiskError",
+    "OutputError",
+    "OutputExistsError",
+    "OutputOverlapError",
+    "Plan",
+    "QuantizedError",
+    "Report",
+    "ShapeMismatchError",
+    "SourceChangedError",
+    "TaskVector",
+    "TaskvecError",
+    "UsageError",
+    "Verification",
+    "VerificationError",
+    "__version__",
+    "add",
+    "inspect",
+    "subtract",
+    "verify",
+]

@@ -1,0 +1,5 @@
+"""`python -m taskvec`."""
+
+from .cli.main import main
+
+main()

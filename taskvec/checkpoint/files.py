@@ -1,0 +1,233 @@
+"""Every system call taskvec makes on file contents, in one place: short reads and writes, EINTR and Linux's cap of
+2 GiB per call are handled here and nowhere else. Reads are `pread`, never mmap: a file truncated under the run is an
+error here, not a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import CheckpointError, SourceChangedError, TaskvecError, show
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
+_LARGEST_CALL = 1 << 30  # bytes; Linux moves at most 0x7ffff000 per call
+_MOST_OPEN = 32  # input descriptors kept open at once
+
+
+class FileIdentity(NamedTuple):
+    """What must not change while a run reads a file: size in bytes, mtime in ns, inode."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+def open_input(path: Path) -> int:
+    """A read-only descriptor of a regular file. O_NONBLOCK so that a FIFO cannot hang the open; it is refused after."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise os_failure(error, path, "cannot open") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CheckpointError(f"{show(path)}: not a regular file", hint="Name a .safetensors file or a model folder")
+    return fd
+
+
+def os_failure(error: OSError, path: object, what: str) -> TaskvecError:
+    """An OSError as one line: what was tried on which file, and the system's own words for why it failed."""
+    words = error.strerror or str(error)
+    hint = "Free space, or name an output on another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    return CheckpointError(f"{show(path)}: {what}: {words}", hint=hint)
+
+
+def identity(fd: int) -> FileIdentity:
+    status = os.fstat(fd)
+    return FileIdentity(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def read_exact(fd: int, buffer: memoryview, offset: int, *, path: Path, tensor: str = "") -> None:
+    """Fill `buffer` from byte `offset` of the file, or raise naming file and tensor."""
+    at, name = 0, f": tensor {show(tensor)}" if tensor else ""
+    while at < len(buffer):
+        try:
+            got = os.preadv(fd, [buffer[at : at + _LARGEST_CALL]], offset + at)
+        except OSError as error:
+            raise os_failure(error, path, f"cannot read{name}") from error
+        if got == 0:
+            raise SourceChangedError(
+                f"{show(path)}{name}: the file ends at byte {offset + at}, expected bytes up to {offset + len(buffer)}",
+                hint="It was truncated after it was opened; restore it and run again",
+            )
+        at += got
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A whole small file (JSON and the like), refused above `limit` bytes."""
+    fd = open_input(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise CheckpointError(f"{show(path)}: {size} bytes, expected at most {limit}")
+        content = bytearray(size)
+        read_exact(fd, memoryview(content), 0, path=path)
+        return bytes(content)
+    finally:
+        os.close(fd)
+
+
+def create_output(path: Path) -> int:
+    """A new file, never an existing one or a link; its mode follows the umask."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o666)
+    except OSError as error:
+        raise os_failure(error, path, "cannot create") from error
+
+
+def write_all(fd: int, data: memoryview, offset: int, *, path: Path) -> None:
+    """Write all of `data` at byte `offset`, however many calls that takes."""
+    at = 0
+    while at < len(data):
+        try:
+            at += os.pwrite(fd, data[at : at + _LARGEST_CALL], offset + at)
+        except OSError as error:
+            raise os_failure(error, path, "cannot write") from error
+
+
+def reserve(fd: int, size: int, *, path: Path) -> None:
+    """Reserve `size` bytes now, so that a full disk is found before the work and not after it.
+
+    The system call itself, not posix_fallocate: where a file system cannot reserve, that one writes every block.
+    """
+    if size == 0 or not hasattr(_LIBC, "fallocate"):
+        return
+    if _LIBC.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+        number = ctypes.get_errno()
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise os_failure(OSError(number, os.strerror(number)), path, f"cannot reserve {size} bytes")
+
+
+def sync(fd: int, *, path: Path) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise os_failure(error, path, "cannot flush to disk") from error
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename in one step, never over anything. Raises FileExistsError when `target` exists."""
+    if _rename_flags(source, target, _RENAME_NOREPLACE):
+        return
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    os.rename(source, target)
+
+
+def rename_exchange(source: Path, target: Path) -> None:
+    """Swap two names in one step; where the system cannot, in two, the old one aside first and back if that fails."""
+    if _rename_flags(source, target, _RENAME_EXCHANGE):
+        return
+    aside = source.with_name(source.name + ".old")
+    os.rename(target, aside)
+    try:
+        os.rename(source, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    os.rename(aside, source)
+
+
+def _rename_flags(source: Path, target: Path, flags: int) -> bool:
+    """renameat2; False where the system or the file system does not know the flags."""
+    if not hasattr(_LIBC, "renameat2"):
+        return False
+    if _LIBC.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(target))
+
+
+def sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sync(fd, path=path)
+    finally:
+        os.close(fd)
+
+
+class InputFiles:
+    """Input descriptors, opened when first read and closed when `_MOST_OPEN` others were used since. Thread-safe.
+
+    `expected` pins what each file was when its header was read: a file that is another one by now is refused.
+    """
+
+    def __init__(self, expected: dict[Path, FileIdentity]) -> None:
+        self._expected = expected
+        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._users: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def reading(self, path: Path) -> Iterator[int]:
+        """The descriptor of `path`, which stays open at least until the block ends."""
+        fd = self._acquire(path)
+        try:
+            yield fd
+        finally:
+            with self._lock:
+                self._users[path] -= 1
+
+    def read(self, path: Path, buffer: memoryview, offset: int, tensor: str) -> None:
+        with self.reading(path) as fd:
+            read_exact(fd, buffer, offset, path=path, tensor=tensor)
+
+    def check_unchanged(self) -> None:
+        """Raise SourceChangedError unless every file still is what it was when its header was read."""
+        for path in self._expected:
+            with self.reading(path) as fd:
+                self._check(path, fd)
+
+    def close(self) -> None:
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1])
+
+    def _acquire(self, path: Path) -> int:
+        with self._lock:
+            fd = self._open.get(path)
+            if fd is None:
+                self._close_idle()
+                fd = open_input(path)
+                self._open[path] = fd
+                self._check(path, fd)
+            self._open.move_to_end(path)
+            self._users[path] = self._users.get(path, 0) + 1
+            return fd
+
+    def _close_idle(self) -> None:
+        for path in [p for p in self._open if not self._users.get(p)]:
+            if len(self._open) < _MOST_OPEN:
+                return
+            os.close(self._open.pop(path))
+
+    def _check(self, path: Path, fd: int) -> None:
+        found, expected = identity(fd), self._expected.get(path)
+        if expected is not None and found != expected:
+            raise SourceChangedError(
+                f"{show(path)}: changed during the run: found {found.size} bytes, expected {expected.size} bytes "
+                "and the same modification time",
+                hint="Leave the inputs alone and run again",
+            )

@@ -1,0 +1,123 @@
+"""The files of a model folder that are not weights: which come along to the output, and how config.json changes.
+
+Rule: everything comes along except a deny list, so that a file this version has never heard of is not lost. Never: dot
+files, pickles, links that lead out of the model, weights of other frameworks, training state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import MismatchError, show
+from .checkpoint import Checkpoint
+from .locate import read_json
+
+_DENIED_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx",
+    ".onnx_data", ".ot", ".tflite", ".nemo", ".mlmodel", ".index.json", ".npz", ".joblib",
+)  # fmt: skip
+_DENIED_FOLDERS = re.compile(
+    r"^(original|onnx|openvino|coreml|gguf|runs|wandb|global_step\d*|checkpoint-\d+|__pycache__|logs)$"
+)
+_DENIED_NAMES = re.compile(
+    r"^(README\.md|params\.json|consolidated.*|adapter_.*|optimizer.*|scheduler\.pt|rng_state.*|scaler.*"
+    r"|trainer_state\.json|training_args\..*|zero_to_fp32\.py|latest|events\.out\.tfevents.*|taskvec\.json)$"
+)
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class SideFile(NamedTuple):
+    """A file of the output that is not a weight file. `content` is None when it is copied from `source`."""
+
+    name: str  # relative, with forward slashes
+    source: Path
+    nbytes: int
+    content: bytes | None = None
+
+
+def side_files(checkpoint: Checkpoint, out_dtype: str | None) -> tuple[list[SideFile], list[str]]:
+    """What comes along from the model folder, in the order of the names, and notes on what does not.
+
+    `out_dtype` is the dtype of all floats of the output when it is not base's; config.json is then changed to say so,
+    and is byte-identical otherwise.
+    """
+    found: list[SideFile] = []
+    notes: list[str] = []
+    folder = checkpoint.folder
+    if folder is None:
+        return found, notes
+    if checkpoint.config.get("transformers_weights"):
+        raise MismatchError(
+            f"{show(folder / 'config.json')}: transformers_weights names the weight file, which the output renames",
+            hint="Remove that line from the config",
+        )
+    modules = _module_folders(folder)
+    for name, path in _walk(folder, "", notes):
+        module_weights = name.endswith(".safetensors") and name.partition("/")[0] in modules
+        if not module_weights and _denied(name):
+            continue
+        if not _inside(path, folder):
+            notes.append(f"{show(name)} is a link out of the model folder: not copied")
+            continue
+        found.append(SideFile(name, path, path.stat().st_size))
+    if out_dtype is not None:
+        found = [_with_dtype(f, out_dtype) if f.name == "config.json" else f for f in found]
+    return found, notes
+
+
+def _denied(name: str) -> bool:
+    last = name.rpartition("/")[2]
+    return last.endswith(_DENIED_SUFFIXES) or bool(_DENIED_NAMES.match(last)) or bool(_DENIED_FOLDERS.match(last))
+
+
+def _walk(folder: Path, prefix: str, notes: list[str]) -> Iterator[tuple[str, Path]]:
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        name = prefix + entry.name
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            if not _DENIED_FOLDERS.match(entry.name):
+                yield from _walk(Path(entry.path), name + "/", notes)
+        elif entry.is_file():
+            yield name, Path(entry.path)
+        else:
+            notes.append(f"{show(name)} is not a regular file: not copied")
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether a file really lies in the folder, or in the blobs its Hub cache snapshot links to (../../blobs)."""
+    real, home = path.resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    return real.is_relative_to(home) or real.is_relative_to(blobs)
+
+
+def _module_folders(folder: Path) -> set[str]:
+    """Sub-folders whose weights are part of the model: the modules of a sentence-transformers pipeline."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text("utf-8"))
+        return {str(module["path"]).partition("/")[0] for module in modules if module.get("path")}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return set()
+
+
+def _with_dtype(file: SideFile, out_dtype: str) -> SideFile:
+    """config.json with the dtype of the output; every other value is kept, and so is the order of the keys."""
+    config = read_json(file.source)
+    if out_dtype in _TORCH_NAMES:
+        config.setdefault("torch_dtype" if "torch_dtype" in config else "dtype", None)
+        _set_dtype(config, _TORCH_NAMES[out_dtype])
+    content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return file._replace(content=content, nbytes=len(content))
+
+
+def _set_dtype(config: dict[str, Any], name: str) -> None:
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            config[key] = name
+        elif isinstance(value, dict) and key.endswith("_config"):
+            _set_dtype(value, name)

@@ -1,0 +1,151 @@
+"""From what the user typed to the files of a checkpoint or an adapter on disk. Names are checked before anything opens.
+
+A model folder holds `X.safetensors.index.json` and its shards, or one `.safetensors` file; an adapter folder holds
+`adapter_config.json` and `adapter_model.safetensors` (the PEFT layout). Nothing here touches the network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path, PureWindowsPath
+from typing import Any, NamedTuple
+
+from ..errors import CheckpointError, listing, show
+from .files import read_bytes
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_INDEX_SUFFIX = ".safetensors.index.json"
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+_LARGEST_JSON = 256 << 20  # bytes; the index of a model with a million tensors is about 100 MB
+
+
+class Location(NamedTuple):
+    """Where a checkpoint lies. `folder` is None when the user named a file: a file is only its weights."""
+
+    path: Path
+    folder: Path | None
+    shards: list[Path]
+    index_file: Path | None
+    weight_map: dict[str, str] | None
+
+
+def locate(source: str | os.PathLike[str]) -> Location:
+    """The weight files of `source`, a `.safetensors` file or a model folder.
+
+    Raises CheckpointError when there is none, or more than one candidate.
+    """
+    path = existing(source)
+    if path.is_dir():
+        return _locate_folder(path)
+    _refuse_pickle(path)
+    return Location(path, None, [path], None, None)
+
+
+def locate_adapter(source: str | os.PathLike[str]) -> Path | None:
+    """The folder of a PEFT adapter if `source` is one (or is the weight file inside one), else None."""
+    path = existing(source)
+    folder = path if path.is_dir() else path.parent
+    if not path.is_dir() and path.name != ADAPTER_WEIGHTS:
+        return None
+    if not (folder / ADAPTER_CONFIG).exists() and not (folder / ADAPTER_WEIGHTS).exists():
+        return None
+    rivals = [n for n in ("model.safetensors", "model" + _INDEX_SUFFIX) if (folder / n).exists()]
+    if rivals and path.is_dir():
+        raise CheckpointError(
+            f"{show(path)}: holds both an adapter and a model ({listing(rivals)})",
+            hint=f"Name the one you mean: {ADAPTER_WEIGHTS} or {rivals[0]}",
+        )
+    return folder
+
+
+def existing(source: str | os.PathLike[str]) -> Path:
+    path = Path(source).expanduser()
+    if not os.path.lexists(path):
+        raise CheckpointError(
+            f"{show(source)}: no such file or folder",
+            hint="Name a .safetensors file, a model folder or an adapter folder",
+        )
+    if not path.exists():
+        raise CheckpointError(f"{show(source)}: a link to nothing (or to itself)")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError naming the file otherwise."""
+    try:
+        content = json.loads(read_bytes(path, _LARGEST_JSON).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{show(path)}: not JSON ({show(error)})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{show(path)}: found a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _refuse_pickle(path: Path) -> None:
+    if path.suffix in _PICKLES:
+        raise CheckpointError(
+            f"{show(path)}: a pickle, expected .safetensors",
+            hint="taskvec never opens pickles; convert it to safetensors first",
+        )
+
+
+def _locate_folder(folder: Path) -> Location:
+    names = sorted(entry.name for entry in os.scandir(folder))
+    indexes = [name for name in names if name.endswith(_INDEX_SUFFIX) and not name.startswith(".")]
+    files = [n for n in names if n.endswith(".safetensors") and not n.startswith(".") and n != ADAPTER_WEIGHTS]
+    if len(indexes) > 1:
+        raise CheckpointError(f"{show(folder)}: {len(indexes)} indexes ({listing(indexes)}), expected one")
+    if indexes:
+        return _locate_sharded(folder, folder / indexes[0], files)
+    if "model.safetensors" in files or len(files) == 1:
+        path = folder / ("model.safetensors" if "model.safetensors" in files else files[0])
+        return Location(folder, folder, [path], None, None)
+    if files:
+        raise CheckpointError(
+            f"{show(folder)}: {len(files)} weight files ({listing(files)}) and no index", hint="Name the file you mean"
+        )
+    pickles = [name for name in names if Path(name).suffix in _PICKLES]
+    found = f"only pickles ({listing(pickles)})" if pickles else "no .safetensors file"
+    raise CheckpointError(
+        f"{show(folder)}: {found}, expected safetensors", hint="taskvec never opens pickles; convert them first"
+    )
+
+
+def _locate_sharded(folder: Path, index: Path, files: list[str]) -> Location:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{show(index)}: no weight_map")
+    shards: dict[str, None] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_plain_name(shard):
+            raise CheckpointError(
+                f"{show(index)}: tensor {show(tensor)} is in {show(shard)}, expected the name of a .safetensors file "
+                "beside the index"
+            )
+        shards[shard] = None
+    stray = index.name.removesuffix(_INDEX_SUFFIX) + ".safetensors"
+    if stray in files and stray not in shards:
+        raise CheckpointError(
+            f"{show(folder)}: {stray} lies beside {index.name}; transformers would load it in place of the shards",
+            hint=f"Remove the stale one, or name the file itself: {show(folder / stray)}",
+        )
+    missing = [name for name in shards if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{show(index)}: {len(missing)} of {len(shards)} shards are missing ({listing(missing)})",
+            hint="Fetch them again",
+        )
+    return Location(folder, folder, [folder / name for name in sorted(shards)], index, weight_map)
+
+
+def _is_plain_name(shard: str) -> bool:
+    parsed = PureWindowsPath(shard)  # the stricter reading on every system: no drive, no root, no separator
+    return (
+        shard.endswith(".safetensors")
+        and len(parsed.parts) == 1
+        and not parsed.drive
+        and not parsed.root
+        and shard.isprintable()
+        and not shard.startswith(".")
+    )

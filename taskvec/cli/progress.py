@@ -1,0 +1,110 @@
+"""What a run shows: a bar on a terminal, one line per file elsewhere, a table at the end. All but results on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import show
+from ..run.edited import Report
+from ..run.plan import Plan
+
+if TYPE_CHECKING:
+    from ..run.stream import ShardResult
+
+
+class Progress:
+    """A context manager whose methods are the callbacks of `EditedCheckpoint.save`."""
+
+    def __init__(self, *, quiet: bool, as_json: bool, verbose: bool) -> None:
+        self._silent = quiet
+        self._live = not quiet and not as_json and sys.stderr.isatty()
+        self._plain = not quiet and not as_json and not self._live
+        self._verbose = verbose
+        self._bar: Any = None
+        self._task: Any = None
+        self._files = 0
+        self._total = 0
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def planned(self, plan: Plan) -> None:
+        """Print the notes, then start the bar."""
+        if not self._silent:
+            for note in plan.notes:
+                click.echo(f"note: {note}", err=True)
+        self._total = len(plan.shards)
+        if not self._live:
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task("writing", total=sum(shard.size for shard in plan.shards))
+        self._bar.start()
+
+    def advance(self, written: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=written)
+
+    def shard_done(self, shard: ShardResult) -> None:
+        self._files += 1
+        if self._plain:
+            elapsed = time.perf_counter() - self._started
+            line = f"{shard.name}: {human_bytes(shard.nbytes)}, file {self._files} of {self._total}, {elapsed:.1f} s"
+            click.echo(line, err=True)
+
+
+def human_bytes(size: float) -> str:
+    """Decimal units, as disks and the Hub count."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def print_report(report: Report, *, verbose: bool) -> None:
+    """The short table at the end, on stdout; a warning on stderr for what a person must know."""
+    did = report.changes
+    share = did["elements_changed"] / max(1, did["elements_edited"])
+    moved = report.bytes_read + report.bytes_written
+    rows = [
+        ("tensors", f"{did['tensors_edited']:,} edited, {did['tensors_copied']:,} copied"),
+        ("elements changed", f"{did['elements_changed']:,} of {did['elements_edited']:,} edited ({share:.1%})"),
+        ("lost to rounding", f"{did['elements_lost_to_rounding']:,}"),
+        ("overflow to inf", f"{did['elements_overflowed']:,}"),
+        ("bytes", f"{human_bytes(report.bytes_read)} read, {human_bytes(report.bytes_written)} written"),
+        (
+            "time",
+            f"{report.seconds:.2f} s on {report.device}, {moved / report.seconds / 1e9:.2f} GB/s read and written",
+        ),
+    ]
+    click.echo(show(report.plan.formula, 2000))
+    for name, value in rows:
+        click.echo(f"  {name:<17} {value}")
+    click.echo(f"  {'output':<17} {show(report.output_name)}")
+    if verbose:
+        for job in report.plan.jobs:
+            counts = report.tensors.get(job.name)
+            if counts:
+                click.echo(f"    {show(job.name)}: " + ", ".join(f"{k} {v:,}" for k, v in counts.items()))
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)

@@ -1,0 +1,93 @@
+"""An adapter folder as PEFT writes it: `adapter_config.json` and the header of `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from ...errors import AdapterError, CheckpointError, show
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """`config` is the JSON object as it is; `weights` the tensors, by headers only."""
+
+    path: Path
+    config: dict[str, Any] = field(compare=False)
+    weights: Checkpoint
+    config_sha256: str
+
+    @classmethod
+    def open(cls, folder: Path) -> AdapterFolder:
+        """Raises AdapterError when one of the two files is missing, CheckpointError when one is malformed."""
+        config_path, weights_path = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
+        if not config_path.exists():
+            raise AdapterError(
+                f"{show(folder)}: {ADAPTER_WEIGHTS} without {ADAPTER_CONFIG}: the scale alpha/r is not in the weights",
+                hint="Fetch the config that was saved with it",
+            )
+        if not weights_path.exists():
+            pickled = (folder / "adapter_model.bin").exists()
+            raise AdapterError(
+                f"{show(folder)}: no {ADAPTER_WEIGHTS}" + (", only a pickle (adapter_model.bin)" if pickled else ""),
+                hint="taskvec never opens pickles; load it with PEFT and save it again" if pickled else None,
+            )
+        config = read_json(config_path)
+        digest = hashlib.sha256(repr(sorted(config.items())).encode("utf-8", "backslashreplace")).hexdigest()
+        weights = replace(Checkpoint.open(weights_path), path=folder, folder=folder)
+        return cls(folder, config, weights, digest)
+
+    @property
+    def family(self) -> str:
+        """`peft_type`, upper case. Raises CheckpointError when the config has none."""
+        found = self.config.get("peft_type")
+        if not isinstance(found, str):
+            raise CheckpointError(f"{show(self.path / ADAPTER_CONFIG)}: no peft_type")
+        return found.upper()
+
+    @property
+    def label(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def quantized_base(self) -> str | None:
+        """The base it names, when that name says 4-bit or 8-bit: the adapter also learned that base's rounding."""
+        name = self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) and re.search(r"bnb-?4bit|bnb-?8bit|-4bit$|-8bit$", name) else None
+
+    def refuse(self, reason: str, hint: str | None = None) -> AdapterError:
+        return AdapterError(f"{show(self.path / ADAPTER_CONFIG)}: {reason}", hint=hint)
+
+    def number(self, key: str, value: object) -> float:
+        """`value` of config field `key` as a number. Raises AdapterError when it is none."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+            raise self.refuse(f"{show(key)} is {show(value)}, expected a number")
+        return float(value)
+
+    def pattern_value(self, key: str, module: str, default: object) -> float:
+        """The entry of `rank_pattern` or `alpha_pattern` for a module, by PEFT's rule, else `default`.
+
+        PEFT 0.21 (utils/other.py, get_pattern_key): the first key, in the order of the file, for which
+        `(.*\\.)?(key)$` matches the module name.
+        """
+        patterns = self.config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise self.refuse(f"{key} is {type(patterns).__name__}, expected an object")
+        for pattern, value in patterns.items():
+            if self._compiled(key, pattern).match(module):
+                return self.number(f"{key}[{pattern}]", value)
+        return self.number(key, default)
+
+    def _compiled(self, key: str, pattern: str) -> re.Pattern[str]:
+        # a pattern is a regular expression from a file: one that could backtrack for ever is refused
+        if len(pattern) > 1000 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+}]", pattern)) > 4:
+            raise self.refuse(f"{key}: pattern {show(pattern)} is too complex", hint="Write out the module names")
+        try:
+            return re.compile(rf"(.*\.)?({pattern})$")
+        except re.error as error:
+            raise self.refuse(f"{key}: pattern {show(pattern)} is not a regular expression ({error})") from error

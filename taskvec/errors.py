@@ -1,0 +1,134 @@
+"""The one exception tree of taskvec, and how a name from a file is shown to a person.
+
+TaskvecError                          exit 1
+├── UsageError (also ValueError)      exit 2   the call itself makes no sense: alpha is nan, two outputs, ...
+├── CheckpointError                   exit 1   a file is not what its format promises
+│   ├── HeaderError                            the safetensors header is malformed
+│   └── SourceChangedError                     an input was truncated or changed under the run
+├── MismatchError                     exit 3   the inputs are fine each, but do not fit together
+│   ├── NameMismatchError                      tensor names
+│   ├── ShapeMismatchError                     shapes or kinds of numbers
+│   ├── QuantizedError                         a base whose stored numbers are not its weights
+│   └── AdapterError                           an adapter that cannot be applied exactly
+├── OutputError                       exit 1   the output cannot be made
+│   ├── OutputExistsError
+│   ├── OutputOverlapError                     it is, holds or lies in an input
+│   └── NotEnoughDiskError
+└── VerificationError                 exit 3   `taskvec verify` found a difference
+
+The message is for the person: file, tensor, found, expected. `hint` says what to do, and names the flag that allows it.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "HeaderError",
+    "MismatchError",
+    "NameMismatchError",
+    "NotEnoughDiskError",
+    "OutputError",
+    "OutputExistsError",
+    "OutputOverlapError",
+    "QuantizedError",
+    "ShapeMismatchError",
+    "SourceChangedError",
+    "TaskvecError",
+    "UsageError",
+    "VerificationError",
+]
+
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_MISMATCH, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 3, 130, 143
+
+
+class TaskvecError(Exception):
+    """Base of everything taskvec raises on purpose. `str(error)` is one line."""
+
+    exit_code = EXIT_ERROR
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.hint}" if self.hint else self.message
+
+
+class UsageError(TaskvecError, ValueError):
+    exit_code = EXIT_USAGE
+
+
+class CheckpointError(TaskvecError):
+    pass
+
+
+class HeaderError(CheckpointError):
+    pass
+
+
+class SourceChangedError(CheckpointError):
+    pass
+
+
+class MismatchError(TaskvecError):
+    exit_code = EXIT_MISMATCH
+
+
+class NameMismatchError(MismatchError):
+    pass
+
+
+class ShapeMismatchError(MismatchError):
+    pass
+
+
+class QuantizedError(MismatchError):
+    pass
+
+
+class AdapterError(MismatchError):
+    pass
+
+
+class OutputError(TaskvecError):
+    pass
+
+
+class OutputExistsError(OutputError):
+    pass
+
+
+class OutputOverlapError(OutputError):
+    pass
+
+
+class NotEnoughDiskError(OutputError):
+    pass
+
+
+class VerificationError(TaskvecError):
+    exit_code = EXIT_MISMATCH
+
+
+def show(name: object, limit: int = 200) -> str:
+    """`name` with every control, bidi and unprintable character escaped: names come from files and end in a terminal."""
+    text = "".join(
+        c if c.isprintable() and unicodedata.bidirectional(c) not in _BIDI_CONTROLS else ascii(c)[1:-1]
+        for c in str(name)[: limit + 1]
+    )
+    return text[:limit] + "…" if len(text) > limit else text
+
+
+_BIDI_CONTROLS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
+
+
+def listing(names: Iterable[str], limit: int = 5) -> str:
+    """The first few of `names`, and how many more there are."""
+    shown = [show(name) for name in names]
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more

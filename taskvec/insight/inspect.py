@@ -1,0 +1,95 @@
+"""`inspect`: what a checkpoint or an adapter holds, from its headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.header import StoredTensor
+from ..checkpoint.locate import locate_adapter
+from ..delta.adapters import open_adapter
+from ..delta.adapters.config import AdapterFolder
+from ..delta.adapters.lora import LoraAdapter
+from ..errors import TaskvecError
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`tensors` in the order of the files; `adapter` is None for a checkpoint; `refused` is why an adapter cannot be
+    subtracted, None when it can."""
+
+    label: str
+    files: list[dict[str, Any]]
+    tensors: list[StoredTensor]
+    metadata: dict[str, str]
+    adapter: dict[str, Any] | None = None
+    refused: str | None = None
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """dtype -> bytes."""
+        found: Counter[str] = Counter()
+        for tensor in self.tensors:
+            found[tensor.dtype] += tensor.nbytes
+        return dict(found)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything as plain data, JSON-ready. Sizes in bytes."""
+        return {
+            "name": self.label,
+            "files": self.files,
+            "parameters": sum(t.elements for t in self.tensors),
+            "bytes": sum(t.nbytes for t in self.tensors),
+            "dtypes": self.dtypes,
+            "metadata": self.metadata,
+            "adapter": self.adapter,
+            "refused": self.refused,
+            "tensors": [
+                {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes, "file": t.path.name}
+                for t in self.tensors
+            ],
+        }
+
+
+def inspect(source: str | os.PathLike[str]) -> Inspection:
+    """Names, shapes, dtypes and sizes of a `.safetensors` file, a model folder or a PEFT adapter folder.
+
+    Reads headers (and adapter_config.json) only. Raises CheckpointError when it cannot be read; an adapter that taskvec
+    refuses is still inspected, and `refused` says why.
+    """
+    folder = locate_adapter(source)
+    if folder is None:
+        return _inspection(Checkpoint.open(source))
+    adapter = AdapterFolder.open(folder)
+    summary: dict[str, Any] = {"family": adapter.family, "base": adapter.config.get("base_model_name_or_path")}
+    refused = None
+    try:
+        family = open_adapter(folder)
+        if isinstance(family, LoraAdapter):
+            summary |= _lora(family)
+    except TaskvecError as error:
+        refused = str(error)
+    return _inspection(adapter.weights, summary, refused)
+
+
+def _inspection(checkpoint: Checkpoint, adapter: dict[str, Any] | None = None, refused: str | None = None) -> Inspection:
+    files = [{"name": s.path.name, "bytes": s.identity.size, "tensors": len(s.tensors)} for s in checkpoint.shards]
+    metadata = {key: value for shard in checkpoint.shards for key, value in shard.metadata.items()}
+    return Inspection(checkpoint.label, files, list(checkpoint.tensors.values()), metadata, adapter, refused)
+
+
+def _lora(adapter: LoraAdapter) -> dict[str, Any]:
+    ranks = Counter(pair.a.shape[0] for pair in adapter.pairs.values())
+    scales = Counter(adapter.scale(module) for module in adapter.pairs)
+    targets = Counter(module.rpartition(".")[2] for module in adapter.pairs)
+    return {
+        "modules": len(adapter.pairs),
+        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
+        "scales": {f"{scale:.6g}": count for scale, count in sorted(scales.items())},
+        "rslora": bool(adapter.folder.config.get("use_rslora")),
+        "targets": dict(targets),
+        "replaced": sorted(adapter.values),
+    }

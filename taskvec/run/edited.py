@@ -1,0 +1,285 @@
+"""EditedCheckpoint, the lazy `checkpoint ± vector`, and the verbs `subtract` and `add`: plan, refuse, stream, commit."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.header import encode_header
+from ..checkpoint.locate import locate_adapter
+from ..delta.vector import TaskVector, finite, when_added
+from ..errors import AdapterError, UsageError, listing, show
+from .jobs import Job
+from .output import RECORD, Staging, Target, check_space, check_target
+from .plan import Options, Plan, factors_to_check, make_plan
+
+if TYPE_CHECKING:
+    from .stream import ShardResult
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did. `changes`: totals in tensors and elements (keys as in taskvec.json); sizes in bytes."""
+
+    output: Path
+    output_name: str
+    plan: Plan
+    changes: dict[str, int]
+    tensors: dict[str, dict[str, int]]
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    device: str
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a person must know; nothing was lost by any of it."""
+        found = []
+        if self.changes["elements_overflowed"]:
+            names = [name for name, did in self.tensors.items() if did.get("overflow")]
+            found.append(f"{self.changes['elements_overflowed']} elements overflowed, in {listing(names)}")
+        differ = [name for name, did in self.tensors.items() if did.get("differs")]
+        if differ:
+            found.append(
+                f"{len(differ)} tensors are not floats and differ in the tuned model; base's were kept: {listing(differ)}"
+            )
+        if self.changes["elements_edited"] and not self.changes["elements_changed"]:
+            found.append("no element changed: the vector is zero, or every change was lost to rounding")
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """The report as plain data, JSON-ready: what `--json` prints."""
+        return {
+            "ok": True,
+            "output": self.output_name,
+            "formula": self.plan.formula,
+            "changes": self.changes,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "seconds": round(self.seconds, 3),
+            "device": self.device,
+            "notes": list(self.plan.notes),
+            "warnings": self.warnings,
+        }
+
+
+@dataclass(frozen=True)
+class EditedCheckpoint:
+    """`base + vector`, not computed yet."""
+
+    base: Checkpoint
+    vector: TaskVector
+
+    def __add__(self, vector: TaskVector) -> EditedCheckpoint:
+        return replace(self, vector=self.vector + vector)
+
+    def __sub__(self, vector: TaskVector) -> EditedCheckpoint:
+        return replace(self, vector=self.vector - vector)
+
+    def plan(
+        self,
+        *,
+        out_dtype: str = "same",
+        max_shard_size: int | str | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        output: PathLike | None = None,
+        overwrite: bool = False,
+    ) -> Plan:
+        """What `save` with the same options would do, decided from headers alone. `print` it for a dry run.
+
+        Raises UsageError for options that make no sense, MismatchError when base and vector do not fit, and with
+        `output` also OutputError when it cannot be made there.
+        """
+        options = Options(out_dtype, max_shard_size, tuple(include), tuple(exclude))
+        target = None if output is None else Target.of(output)
+        if target is not None:
+            check_target(target, self._inputs(), overwrite)
+        plan = make_plan(self.base, self.vector, options, single_file=target is not None and target.single_file)
+        check_factors(plan)
+        if target is not None:
+            check_space(target, plan.bytes_to_write)
+        return plan
+
+    def save(
+        self,
+        output: PathLike,
+        *,
+        device: str = "cpu",
+        out_dtype: str = "same",
+        max_shard_size: int | str | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        overwrite: bool = False,
+        jobs: int | None = None,
+        fsync: bool = True,
+        sha256: bool = False,
+        progress: Callable[[int], None] = lambda written: None,
+        shard_done: Callable[[ShardResult], None] = lambda result: None,
+        planned: Callable[[Plan], None] = lambda plan: None,
+    ) -> Report:
+        """Compute and write it: a model folder, or one file when `output` ends in `.safetensors`.
+
+        The output appears complete, by one rename, or not at all; inputs are only read. The bytes depend on inputs and
+        options alone, not on `device` (full fine-tunes), `jobs` or the run.
+
+        Args:
+            device: "cpu", "cuda", "cuda:N" or "auto" (a GPU if there is one).
+            out_dtype: "same", "bfloat16", "float16", "float32" or "float64", for all float tensors.
+            max_shard_size: bytes, or text like "5GB"; None keeps base's shard map.
+            include, exclude: shell-style patterns of tensor names; what they leave out is copied.
+            overwrite: replace an output that taskvec made; it survives until the new one is complete.
+            jobs: threads, by default one per processor this process may use (at most 8).
+            fsync: flush everything to disk before saying success. `sha256`: record the SHA-256 of every weight file.
+            progress, shard_done, planned: called in this thread with bytes written, each finished file, the plan.
+
+        Raises UsageError, MismatchError, CheckpointError or OutputError, each naming the file; then nothing was made.
+        """
+        started = time.perf_counter()
+        target = Target.of(output)
+        plan = self.plan(
+            out_dtype=out_dtype, max_shard_size=max_shard_size, include=include, exclude=exclude, output=output,
+            overwrite=overwrite,
+        )  # fmt: skip
+        from . import record, stream
+        from .device import kernel_for
+
+        name, make_kernel = kernel_for(device)
+        if target.single_file:
+            plan = _with_metadata(plan, record.single_file_metadata(plan, target.path))
+        planned(plan)
+        settings = stream.Settings(_threads(jobs), fsync, sha256, make_kernel, progress, shard_done)
+        with Staging(target, fsync=fsync) as staging:
+            result = stream.execute(plan, staging.path, settings)
+            if not target.single_file:
+                for file in plan.side:
+                    staging.copy(file)
+                if len(plan.shards) > 1:
+                    staging.write(
+                        plan.shards[0].name.split("-00001-")[0] + ".safetensors.index.json", record.index_json(plan)
+                    )
+                staging.write("README.md", record.card(plan, result))
+                staging.write(RECORD, record.as_json(record.full_record(plan, result, target.path)))
+            staging.commit(overwrite=overwrite)
+        seconds = time.perf_counter() - started
+        return Report(
+            output=target.path,
+            output_name=target.typed,
+            plan=plan,
+            changes=record.changes(plan, result),
+            tensors=record.tensor_changes(plan, result),
+            bytes_read=plan.bytes_to_read,
+            bytes_written=plan.bytes_to_write,
+            seconds=seconds,
+            device=name,
+        )
+
+    def _inputs(self) -> list[Checkpoint]:
+        return [self.base, *(checkpoint for _, source in self.vector.terms for checkpoint in source.inputs)]
+
+    def __repr__(self) -> str:
+        from ..delta.vector import formula
+
+        return f"EditedCheckpoint({self.base.label} {formula(self.vector)})"
+
+
+def subtract(
+    model: Checkpoint | PathLike,
+    old: TaskVector | Checkpoint | PathLike,
+    *,
+    alpha: float,
+    output: PathLike,
+    base: Checkpoint | PathLike | None = None,
+    **options: Any,
+) -> Report:
+    """model − alpha · (old − base): what `taskvec subtract` does. `options` are those of `EditedCheckpoint.save`.
+
+    `old` is a tuned checkpoint, a PEFT adapter folder or a TaskVector; `base` is what it was trained from, by default
+    `model`. `alpha` is any finite real number (Ni et al. 2024, eq. 4, where it is λ).
+    """
+    return edited_checkpoint(model, old, -finite(alpha, "alpha"), base).save(output, **options)
+
+
+def add(
+    model: Checkpoint | PathLike,
+    old: TaskVector | Checkpoint | PathLike,
+    *,
+    alpha: float,
+    output: PathLike,
+    base: Checkpoint | PathLike | None = None,
+    **options: Any,
+) -> Report:
+    """model + alpha · (old − base): what `taskvec add` does. Arguments as for `subtract`."""
+    return edited_checkpoint(model, old, finite(alpha, "alpha"), base).save(output, **options)
+
+
+def edited_checkpoint(
+    model: Checkpoint | PathLike,
+    old: TaskVector | Checkpoint | PathLike,
+    coefficient: float,
+    base: Checkpoint | PathLike | None,
+) -> EditedCheckpoint:
+    """model + coefficient · (old − base), lazily; `old` and `base` as in `subtract`."""
+    edited = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+    if isinstance(old, TaskVector):
+        if base is not None:
+            raise UsageError("base says what `old` was trained from, and a TaskVector knows that already")
+        return EditedCheckpoint(edited, coefficient * old)
+    origin = edited if base is None else base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    if not isinstance(old, Checkpoint) and locate_adapter(old) is not None:
+        vector = TaskVector.from_adapter(old, None if base is None else origin)
+    else:
+        vector = TaskVector.between(origin, old)
+    return EditedCheckpoint(edited, coefficient * vector)
+
+
+def check_factors(plan: Plan) -> None:
+    """Raises AdapterError naming the first adapter tensor that holds NaN or inf: the product would spread it."""
+    import numpy as np
+
+    from ..checkpoint.files import InputFiles
+    from .floats import decode
+
+    files = InputFiles(plan.identities)
+    try:
+        for stored in factors_to_check(plan):
+            raw = np.empty(stored.nbytes, np.uint8)
+            files.read(stored.path, raw.data, stored.offset, stored.name)
+            if not np.isfinite(decode(raw, stored.dtype, np.empty(stored.elements, np.float32))).all():
+                raise AdapterError(
+                    f"{show(stored.path)}: tensor {show(stored.name)}: holds NaN or inf, expected finite numbers",
+                    hint="The training diverged; take an earlier step of it",
+                )
+    finally:
+        files.close()
+
+
+def _with_metadata(plan: Plan, metadata: dict[str, str]) -> Plan:
+    """The plan of a single file with its recipe in the header: the same jobs, moved by the longer header."""
+    (shard,) = plan.shards
+    merged: dict[str, str] = {"format": "pt"}
+    for source in plan.base.shards:
+        merged.update(source.metadata)
+    header = encode_header([(j.name, j.dtype, j.shape, j.nbytes) for j in shard.jobs], {**merged, **metadata})
+    shift = len(header) - len(shard.header)
+    moved: tuple[Job, ...] = tuple(job._replace(offset=job.offset + shift) for job in shard.jobs)
+    return replace(plan, shards=(shard._replace(header=header, jobs=moved, size=shard.size + shift),))
+
+
+def _threads(jobs: int | None) -> int:
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs {jobs}, expected at least 1")
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return jobs or min(8, available)
+
+
+when_added(EditedCheckpoint)
+
+__all__ = ["EditedCheckpoint", "Report", "add", "subtract"]

@@ -1,0 +1,108 @@
+"""What a plan consists of: per output shard the header bytes and per tensor a job; and how a tensor is cut into tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..checkpoint.header import DTYPE_BITS, StoredTensor
+from ..delta.source import FLOATS, Delta, DenseDelta, LowRankDelta
+
+TILE_BYTES = 1 << 20  # of output; larger writes make ext4 ask for large folios, which costs more than it saves
+CHECKSUM_PLACE = "the-checksum-of-the-data-is-here"  # in a planned header; the run puts its 32 hex digits there
+
+
+class Term(NamedTuple):
+    """One Δ and the finite α it is subtracted with: edited = base − α·Δ."""
+
+    alpha: float
+    delta: Delta
+
+
+class Job(NamedTuple):
+    """One output tensor. No terms and base's own dtype: copied as bytes. Otherwise: edited (or cast).
+
+    `offset` is absolute in the output file; `compared` is a tuned tensor whose bytes are only compared with base's.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    base: StoredTensor
+    terms: tuple[Term, ...]
+    compared: StoredTensor | None = None
+
+    @property
+    def copied(self) -> bool:
+        return not self.terms and self.dtype == self.base.dtype
+
+    @property
+    def elementwise(self) -> tuple[StoredTensor, ...]:
+        """Every stored tensor that is read tile by tile, base first, each once."""
+        found = {self.base: None}
+        for _, delta in self.terms:
+            if isinstance(delta, DenseDelta):
+                found[delta.tuned] = found[delta.origin] = None
+            elif not isinstance(delta, LowRankDelta):
+                found[delta.value] = None
+        if self.compared is not None:
+            found[self.compared] = None
+        return tuple(found)
+
+    @property
+    def factors(self) -> tuple[StoredTensor, ...]:
+        """Every stored tensor that is read whole: the factors of low-rank terms."""
+        return tuple(t for _, delta in self.terms if isinstance(delta, LowRankDelta) for t in (delta.left, delta.right))
+
+
+class ShardPlan(NamedTuple):
+    """One output file: its header bytes, jobs in the order of their offsets, size in bytes."""
+
+    name: str
+    header: bytes
+    jobs: tuple[Job, ...]
+    size: int
+
+
+class Tile(NamedTuple):
+    """A run of units (elements; bytes, if not floats) of one tensor, row-major: whole rows, or a part of one row.
+
+    `row`, `rows`, `column`, `columns` say where it lies in the tensor seen as [shape[0], the rest].
+    """
+
+    start: int
+    units: int
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+
+def unit_bytes(dtype: str) -> int:
+    """What a tile counts in, in bytes: elements of a float dtype, else single bytes."""
+    return DTYPE_BITS[dtype] // 8 if dtype in FLOATS else 1
+
+
+def tiles(dtype: str, shape: tuple[int, ...], nbytes: int) -> Iterator[Tile]:
+    """Cut an output tensor into tiles of at most TILE_BYTES: floats by rows, everything else as a run of bytes.
+
+    A function of the output's header alone, never of memory or threads: matrix products and checksums depend on it, and
+    the same inputs must give the same bytes however they are run.
+    """
+    if nbytes == 0:
+        return
+    rows = shape[0] if len(shape) > 1 and dtype in FLOATS else 1
+    columns = nbytes // unit_bytes(dtype) // rows
+    most = TILE_BYTES // unit_bytes(dtype)
+    if columns <= most:
+        step = most // columns
+        for row in range(0, rows, step):
+            height = min(step, rows - row)
+            yield Tile(row * columns, height * columns, row, height, 0, columns)
+        return
+    for row in range(rows):
+        for column in range(0, columns, most):
+            width = min(most, columns - column)
+            yield Tile(row * columns + column, width, row, 1, column, width)

@@ -1,0 +1,171 @@
+"""The output: refused before a byte is written if it cannot be made, built in a staging folder beside its name, and put
+there by one rename. Killed at any moment, it is absent or complete; what remains is a staging folder that says so.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from ..checkpoint import files
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.folder import SideFile
+from ..errors import NotEnoughDiskError, OutputError, OutputExistsError, OutputOverlapError, UsageError, show
+
+RECORD = "taskvec.json"
+_COPIED = 1 << 20  # bytes per read when a side file is copied
+
+
+class Target(NamedTuple):
+    """Where the output goes: a folder, or one file when the name ends in `.safetensors`."""
+
+    path: Path
+    single_file: bool
+    typed: str  # as the user wrote it: what messages say
+
+    @classmethod
+    def of(cls, output: str | os.PathLike[str]) -> Target:
+        path = Path(os.path.abspath(Path(output).expanduser()))
+        if not str(output).strip() or path.name == "":
+            raise UsageError(f"output {show(output)!r} is not a name for a folder or file")
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf"):
+            raise UsageError(f"output {show(output)}: taskvec writes safetensors", hint="Name a folder or x.safetensors")
+        return cls(path, path.suffix == ".safetensors", os.fspath(output))
+
+
+def check_target(target: Target, inputs: Iterable[Checkpoint], overwrite: bool) -> None:
+    """Raises OutputOverlapError when the output is, holds or lies in an input, also with `overwrite`;
+    OutputExistsError when something is there and may not be replaced."""
+    for checkpoint in inputs:
+        _check_overlap(target, checkpoint)
+    if not os.path.lexists(target.path):
+        return
+    if not overwrite:
+        raise OutputExistsError(f"{show(target.typed)}: exists already", hint="Name another output, or allow --overwrite")
+    if target.path.is_symlink() or target.path.is_dir() == target.single_file:
+        kind = "a link" if target.path.is_symlink() else "a folder" if target.path.is_dir() else "a file"
+        raise OutputExistsError(
+            f"{show(target.typed)}: is {kind}, which --overwrite does not replace", hint="Remove it first"
+        )
+    foreign = target.path.is_dir() and not (target.path / RECORD).exists() and any(os.scandir(target.path))
+    if foreign:
+        raise OutputExistsError(
+            f"{show(target.typed)}: holds files that taskvec did not make (no {RECORD}), --overwrite would delete them",
+            hint="Remove the folder yourself, or name another output",
+        )
+
+
+def check_space(target: Target, needed: int) -> None:
+    """Raises NotEnoughDiskError when the disk of the output has less than `needed` bytes free."""
+    parent = target.path.parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise NotEnoughDiskError(
+            f"{show(target.typed)}: {needed} bytes are needed, {free} are free",
+            hint="Free space, or name an output on another disk",
+        )
+
+
+class Staging:
+    """A folder beside the target that becomes it. As a context manager: removed unless committed."""
+
+    def __init__(self, target: Target, *, fsync: bool) -> None:
+        self._target = target
+        self._fsync = fsync
+        name = f".{target.path.name}.taskvec-partial-{secrets.token_hex(4)}"
+        self.path = target.path.parent / name
+
+    def __enter__(self) -> Staging:
+        try:
+            self._target.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir()
+        except OSError as error:
+            raise files.os_failure(error, self._target.typed, "cannot create the output there") from error
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def write(self, name: str, content: bytes) -> None:
+        """A small file of the output."""
+        self._fill(name, lambda fd, path: files.write_all(fd, memoryview(content), 0, path=path))
+
+    def copy(self, file: SideFile) -> None:
+        """A side file, byte for byte (or its new content)."""
+        if file.content is not None:
+            self.write(file.name, file.content)
+            return
+        source = files.open_input(file.source)
+        try:
+            self._fill(file.name, lambda fd, path: _copy(source, file, fd, path))
+        finally:
+            os.close(source)
+
+    def commit(self, *, overwrite: bool) -> None:
+        """Flush the folders and rename: from here on the output is there, whole.
+
+        Raises OutputExistsError when something appeared under that name meanwhile; nothing of it is touched.
+        """
+        made = next(self.path.iterdir()) if self._target.single_file else self.path
+        if self._fsync:
+            for folder in (path for path in (self.path, *self.path.rglob("*")) if path.is_dir()):
+                files.sync_folder(folder)
+        try:
+            if overwrite and os.path.lexists(self._target.path):
+                files.rename_exchange(made, self._target.path)
+            else:
+                files.rename_new(made, self._target.path)
+        except FileExistsError as error:
+            raise OutputExistsError(
+                f"{show(self._target.typed)}: appeared while this run was writing; it is left as it is",
+                hint="Name another output, or run again with --overwrite",
+            ) from error
+        except OSError as error:
+            raise files.os_failure(error, self._target.typed, "cannot rename the finished output") from error
+        if self._fsync:
+            files.sync_folder(self._target.path.parent)
+
+    def _fill(self, name: str, write: Callable[[int, Path], None]) -> None:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = files.create_output(path)
+        try:
+            write(fd, path)
+            if self._fsync:
+                files.sync(fd, path=path)
+        finally:
+            os.close(fd)
+
+
+def _copy(source: int, file: SideFile, fd: int, path: Path) -> None:
+    buffer = memoryview(bytearray(min(_COPIED, max(1, file.nbytes))))
+    for at in range(0, file.nbytes, len(buffer)):
+        part = buffer[: min(len(buffer), file.nbytes - at)]
+        files.read_exact(source, part, at, path=file.source)
+        files.write_all(fd, part, at, path=path)
+
+
+def _check_overlap(target: Target, checkpoint: Checkpoint) -> None:
+    out = _real(target.path)
+    home = _real(checkpoint.folder or checkpoint.path)
+    holds = any(_real(shard.path).is_relative_to(out) or shard.path.is_relative_to(out) for shard in checkpoint.shards)
+    if holds or home.is_relative_to(out) or (checkpoint.folder is not None and out.is_relative_to(home)):
+        relation = "is" if out in (home, *(_real(s.path) for s in checkpoint.shards)) else "overlaps"
+        raise OutputOverlapError(
+            f"{show(target.typed)}: the output {relation} the input {show(checkpoint.path)}; inputs are never changed",
+            hint="Name an output elsewhere",
+        )
+
+
+def _real(path: Path) -> Path:
+    """The path with every link resolved, however much of it exists."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"{show(path)}: cannot be resolved ({error})") from error

@@ -1,0 +1,160 @@
+"""What an output says about itself: `taskvec.json`, the card, and the metadata of a single output file. Deterministic: no
+time, no machine, no absolute path; an input is known by its name, sizes and header digests, and where it lay relative
+to the output only if both were under the working directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._version import __version__
+from ..checkpoint.checkpoint import Checkpoint
+from ..delta.adapters.lora import LoraAdapter
+from ..delta.dense import FineTune
+from ..delta.source import DeltaSource
+from ..errors import show
+from .jobs import CHECKSUM_PLACE
+from .kernel import Counts
+from .plan import Plan
+from .stream import RunResult
+
+FORMAT = 1  # of the record
+METADATA_KEY = "taskvec"
+CHECKSUM_KIND = "xxh3-128 over the xxh3-128 of 1 MiB tiles"
+
+
+def recipe(plan: Plan, output: Path) -> dict[str, Any]:
+    """What was computed from what: enough to do it again, given the inputs."""
+    return {
+        "format": FORMAT,
+        "taskvec": __version__,
+        "numpy": np.__version__,
+        "formula": plan.formula,
+        "base": _input(plan.base, output),
+        "vector": [{"coefficient": c, **_source(source, output)} for c, source in plan.vector.terms],
+        "options": asdict(plan.options),
+    }
+
+
+def full_record(plan: Plan, result: RunResult, output: Path) -> dict[str, Any]:
+    """The recipe, a checksum for every weight file, and what the edit did to every tensor."""
+    return {
+        **recipe(plan, output),
+        "checksum": CHECKSUM_KIND,
+        "shards": [{key: value for key, value in shard._asdict().items() if value is not None} for shard in result.shards],
+        "side_files": [file.name for file in plan.side],
+        "changes": changes(plan, result),
+        "tensors": tensor_changes(plan, result),
+        "only_in_base": list(plan.missing),
+        "only_in_tuned": list(plan.unused),
+    }
+
+
+def single_file_metadata(plan: Plan, output: Path) -> dict[str, str]:
+    """`__metadata__` of a single output file: the recipe, and the place its checksum will take."""
+    content = {**recipe(plan, output), "checksum_kind": CHECKSUM_KIND, "checksum": CHECKSUM_PLACE}
+    return {METADATA_KEY: json.dumps(content, ensure_ascii=False, sort_keys=True)}
+
+
+def tensor_changes(plan: Plan, result: RunResult) -> dict[str, dict[str, int]]:
+    """What happened to every tensor that is not a plain copy, in elements; zeros are left out, `changed` is not."""
+    return {job.name: _counts(result.counts[job.name]) for job in plan.jobs if job.name in result.counts}
+
+
+def changes(plan: Plan, result: RunResult) -> dict[str, int]:
+    """Totals over all tensors, in tensors, elements and bytes."""
+    total = Counts()
+    for counts in result.counts.values():
+        total.add(counts)
+    edited = plan.edited
+    return {
+        "tensors_edited": len(edited),
+        "tensors_copied": len(plan.jobs) - len(edited),
+        "elements": sum(job.base.elements for job in plan.jobs),
+        "elements_edited": sum(job.base.elements for job in edited),
+        "elements_changed": total.changed,
+        "elements_lost_to_rounding": total.lost,
+        "elements_overflowed": total.overflow,
+        "elements_not_finite": total.nonfinite,
+        "copied_tensors_that_differ": sum(bool(counts.differs) for counts in result.counts.values()),
+    }
+
+
+def as_json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def index_json(plan: Plan) -> bytes:
+    """`X.safetensors.index.json`: which file holds which tensor, and the true size of all tensor data in bytes."""
+    weight_map = {job.name: shard.name for shard in plan.shards for job in shard.jobs}
+    metadata = {
+        "total_parameters": sum(job.base.elements for job in plan.jobs),
+        "total_size": sum(job.nbytes for job in plan.jobs),
+    }
+    return as_json({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def card(plan: Plan, result: RunResult) -> bytes:
+    """README.md of the output: what it is, the formula with its numbers, what changed. No path of this machine."""
+    did = changes(plan, result)
+    lines = [
+        "---",
+        "tags: [taskvec, task-arithmetic, merge]",
+        *_library(plan.base),
+        "---",
+        "",
+        f"# {show(plan.base.label)}, edited",
+        "",
+        f"Made by [taskvec](https://pypi.org/project/taskvec/) {__version__} without training:",
+        "",
+        f"    {show(plan.formula, 2000)}",
+        "",
+        f"- tensors edited: {did['tensors_edited']}, copied unchanged: {did['tensors_copied']}",
+        f"- elements changed: {did['elements_changed']} of {did['elements']}",
+        f"- changes lost to rounding: {did['elements_lost_to_rounding']}, overflows: {did['elements_overflowed']}",
+        "",
+        "`taskvec.json` holds the recipe, the inputs by size and header digest, and a checksum of every weight file.",
+        "",
+    ]
+    return "\n".join(lines).encode("utf-8", "backslashreplace")
+
+
+def _library(base: Checkpoint) -> list[str]:
+    if base.folder is not None and (base.folder / "modules.json").exists():
+        return ["library_name: sentence-transformers"]
+    return ["library_name: transformers"] if base.config.get("model_type") else []
+
+
+def _counts(counts: Counts) -> dict[str, int]:
+    found = {"changed": counts.changed, "lost": counts.lost, "overflow": counts.overflow}
+    found |= {"nonfinite": counts.nonfinite, "differs": counts.differs}
+    return {key: value for key, value in found.items() if value or key == "changed"}
+
+
+def _source(source: DeltaSource, output: Path) -> dict[str, Any]:
+    if isinstance(source, FineTune):
+        return {"tuned": _input(source.tuned, output), "origin": _input(source.origin, output)}
+    assert isinstance(source, LoraAdapter)
+    found: dict[str, Any] = {"adapter": _input(source.folder.weights, output), "family": source.folder.family}
+    found["config_sha256"] = source.folder.config_sha256
+    if source.origin is not None:
+        found["origin"] = _input(source.origin, output)
+    return found
+
+
+def _input(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
+    files = [
+        {"name": shard.path.name, "bytes": shard.identity.size, "header_sha256": shard.header_sha256}
+        for shard in checkpoint.shards
+    ]
+    found: dict[str, Any] = {"name": checkpoint.label, "files": files}
+    here, path = Path.cwd().resolve(), Path(os.path.abspath(checkpoint.path))
+    if path.is_relative_to(here) and output.is_relative_to(here):
+        found["from_output"] = Path(os.path.relpath(path, output)).as_posix()
+    return found

@@ -1,0 +1,311 @@
+"""Executing a plan: tiles are read, computed and written by a few threads over reused buffers. No tensor or shard is ever
+whole in memory. Each worker carries one tile through three stages (`read`, `compute`, `write`); workers take different
+shards first, because a file system serialises the writers of one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import xxhash
+
+from ..checkpoint import files
+from ..checkpoint.header import StoredTensor
+from .floats import Raw
+from .jobs import CHECKSUM_PLACE, Job, ShardPlan, Tile, tiles, unit_bytes
+from .kernel import Counts, NumpyKernel, ReadWhole
+from .plan import Plan
+
+_READ_AHEAD = 8 << 20  # bytes; one block ahead hides the latency of a cold disk, more was no faster
+_HASHED = 1 << 20  # bytes per read when a finished file is hashed with SHA-256
+_POLL = 0.1  # seconds between two looks of the main thread; Ctrl-C is seen this soon
+
+
+class Kernel(Protocol):
+    """The arithmetic of one worker. `edit` gives the output bytes of one tile, valid until the next call."""
+
+    def edit(self, job: Job, tile: Tile, raw: dict[StoredTensor, Raw]) -> tuple[Raw, Counts]: ...
+
+
+class ShardResult(NamedTuple):
+    """`checksum`: XXH3-128 over the XXH3-128 of each tile, in the order of the file."""
+
+    name: str
+    nbytes: int
+    checksum: str
+    header_sha256: str
+    sha256: str | None
+
+
+@dataclass
+class RunResult:
+    """`counts` by the name of every edited tensor, and of every copied one that is another in tuned."""
+
+    shards: list[ShardResult]
+    counts: dict[str, Counts] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run goes; none of it changes a byte of the output.
+
+    `progress` is called in the calling thread with the bytes written so far; `shard_done` with each finished file.
+    """
+
+    workers: int = 1
+    fsync: bool = True
+    sha256: bool = False
+    make_kernel: Callable[[ReadWhole], Kernel] = NumpyKernel
+    progress: Callable[[int], None] = lambda written: None
+    shard_done: Callable[[ShardResult], None] = lambda result: None
+
+
+def execute(plan: Plan, folder: Path, settings: Settings) -> RunResult:
+    """Write every shard of the plan into `folder`, which exists.
+
+    Raises what the first failing thread raised; then, and on KeyboardInterrupt, every thread has ended on return.
+    """
+    return _Run(plan, folder, settings).execute()
+
+
+class Step(NamedTuple):
+    """One tile on its way: `number` is its place among the tiles of its shard."""
+
+    shard: _ShardRun
+    number: int
+    job: Job
+    tile: Tile
+
+
+class _ShardRun:
+    """An output file in the making. `take` and `put` are called under the run's lock."""
+
+    def __init__(self, plan: ShardPlan, folder: Path) -> None:
+        self.plan = plan
+        self.path = folder / plan.name
+        self.fd: int | None = None
+        self.remaining = plan.size - len(plan.header)
+        self.workers = 0
+        self._steps = self._all_steps()
+        self._taken = 0
+        self._exhausted = False
+        self._digests: dict[int, bytes] = {}
+
+    def _all_steps(self) -> Iterator[Step]:
+        number = 0
+        for job in self.plan.jobs:
+            for tile in tiles(job.dtype, job.shape, job.nbytes):
+                yield Step(self, number, job, tile)
+                number += 1
+
+    def take(self) -> Step | None:
+        """The next tile, or None. Opens the file with the first."""
+        if self.fd is None:
+            self.fd = files.create_output(self.path)
+            files.reserve(self.fd, self.plan.size, path=self.path)
+        step = next(self._steps, None)
+        if step is None:
+            self._exhausted = True
+        else:
+            self._taken += 1
+            self.remaining -= step.tile.units * unit_bytes(step.job.dtype)
+        return step
+
+    def put(self, number: int, digest: bytes) -> None:
+        self._digests[number] = digest
+
+    @property
+    def complete(self) -> bool:
+        return self._exhausted and len(self._digests) == self._taken
+
+    def checksum(self) -> str:
+        return xxhash.xxh3_128_hexdigest(b"".join(self._digests[i] for i in range(self._taken)))
+
+
+class _Run:
+    def __init__(self, plan: Plan, folder: Path, settings: Settings) -> None:
+        self._settings = settings
+        self._shards = [_ShardRun(shard, folder) for shard in plan.shards]
+        self._open = list(self._shards)
+        self._inputs = files.InputFiles(plan.identities)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._written = 0
+        self._finished: list[ShardResult] = []
+        self._announced = 0
+        self._counts: dict[str, Counts] = {}
+
+    def execute(self) -> RunResult:
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(max(1, self._settings.workers))]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(_POLL)
+                    self._report()
+            if self._failure is not None:
+                raise self._failure
+            self._report()
+            self._inputs.check_unchanged()
+        finally:
+            self._stop.set()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            self._close()
+        order = {shard.plan.name: place for place, shard in enumerate(self._shards)}
+        return RunResult(sorted(self._finished, key=lambda shard: order[shard.name]), self._counts)
+
+    def _report(self) -> None:
+        self._settings.progress(self._written)
+        while self._announced < len(self._finished):
+            self._settings.shard_done(self._finished[self._announced])
+            self._announced += 1
+
+    def _work(self) -> None:
+        try:
+            worker = Worker(self._inputs, self._settings.make_kernel)
+            shard: _ShardRun | None = None
+            while not self._stop.is_set():
+                step, shard = self._next(shard)
+                if step is None:
+                    return
+                digest, counts = worker.carry(step)
+                self._settle(step, digest, counts)
+        except BaseException as failure:  # carried to the calling thread, which raises it
+            with self._lock:
+                self._failure = self._failure or failure
+            self._stop.set()
+
+    def _next(self, current: _ShardRun | None) -> tuple[Step | None, _ShardRun | None]:
+        """The next tile for a worker: of its own shard, else of the one with fewest workers and most left to do."""
+        while True:
+            finished = None
+            with self._lock:
+                if current is None or current not in self._open:
+                    if not self._open:
+                        return None, None
+                    current = min(self._open, key=lambda shard: (shard.workers, -shard.remaining))
+                    current.workers += 1
+                step = current.take()
+                if step is not None:
+                    return step, current
+                self._open.remove(current)
+                if current.complete:
+                    finished = current
+            if finished is not None:
+                self._finish(finished)
+            current = None
+
+    def _settle(self, step: Step, digest: bytes, counts: Counts) -> None:
+        with self._lock:
+            step.shard.put(step.number, digest)
+            self._written += step.tile.units * unit_bytes(step.job.dtype)
+            if not step.job.copied or counts.differs:
+                self._counts.setdefault(step.job.name, Counts()).add(counts)
+            finished = step.shard.complete
+        if finished:
+            self._finish(step.shard)
+
+    def _finish(self, shard: _ShardRun) -> None:
+        """The header goes in last, so that a file without its data never loads; then flush and close."""
+        assert shard.fd is not None
+        checksum = shard.checksum()
+        header = shard.plan.header.replace(CHECKSUM_PLACE.encode(), checksum.encode(), 1)
+        files.write_all(shard.fd, memoryview(header), 0, path=shard.path)
+        digest = _sha256(shard.fd, shard.plan.size, shard.path) if self._settings.sha256 else None
+        if self._settings.fsync:
+            files.sync(shard.fd, path=shard.path)
+        os.close(shard.fd)
+        shard.fd = None
+        result = ShardResult(shard.plan.name, shard.plan.size, checksum, hashlib.sha256(header[8:]).hexdigest(), digest)
+        with self._lock:
+            self._written += len(header)
+            self._finished.append(result)
+
+    def _close(self) -> None:
+        self._inputs.close()
+        for shard in self._shards:
+            if shard.fd is not None:
+                os.close(shard.fd)
+                shard.fd = None
+
+
+class Worker:
+    """The buffers of one thread, and the three stages of a tile."""
+
+    def __init__(self, inputs: files.InputFiles, make_kernel: Callable[[ReadWhole], Kernel]) -> None:
+        self._inputs = inputs
+        self._kernel = make_kernel(self._read_whole)
+        self._buffers: list[Any] = []
+        self._advised: dict[Path, int] = {}
+
+    def carry(self, step: Step) -> tuple[bytes, Counts]:
+        """Read, compute and write one tile; its digest and what happened in it."""
+        raw = self.read(step)
+        out, counts = self.compute(step, raw)
+        self.write(step, out)
+        return xxhash.xxh3_128_digest(out.data), counts
+
+    def read(self, step: Step) -> dict[StoredTensor, Raw]:
+        found = {}
+        for place, stored in enumerate(step.job.elementwise):
+            start, nbytes = step.tile.start * unit_bytes(stored.dtype), step.tile.units * unit_bytes(stored.dtype)
+            buffer = self._buffer(place, nbytes)
+            with self._inputs.reading(stored.path) as fd:
+                self._advise(fd, stored, stored.offset + start)
+                files.read_exact(fd, buffer.data, stored.offset + start, path=stored.path, tensor=stored.name)
+            found[stored] = buffer
+        return found
+
+    def compute(self, step: Step, raw: dict[StoredTensor, Raw]) -> tuple[Raw, Counts]:
+        job = step.job
+        if not job.copied:
+            return self._kernel.edit(job, step.tile, raw)
+        counts = Counts()
+        if job.compared is not None:
+            counts.differs = int(np.count_nonzero(raw[job.base] != raw[job.compared]))
+        return raw[job.base], counts
+
+    def write(self, step: Step, out: Raw) -> None:
+        assert step.shard.fd is not None
+        offset = step.job.offset + step.tile.start * unit_bytes(step.job.dtype)
+        files.write_all(step.shard.fd, out.data, offset, path=step.shard.path)
+
+    def _advise(self, fd: int, stored: StoredTensor, position: int) -> None:
+        """Ask for the next block of this file before it is needed, once per block."""
+        block = position // _READ_AHEAD
+        if self._advised.get(stored.path) != block and hasattr(os, "posix_fadvise"):
+            self._advised[stored.path] = block
+            os.posix_fadvise(fd, position, 2 * _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+
+    def _read_whole(self, stored: StoredTensor) -> Raw:
+        buffer = np.empty(stored.nbytes, np.uint8)
+        self._inputs.read(stored.path, buffer.data, stored.offset, stored.name)
+        return buffer
+
+    def _buffer(self, place: int, nbytes: int) -> Raw:
+        while len(self._buffers) <= place:
+            self._buffers.append(np.empty(0, np.uint8))
+        if len(self._buffers[place]) < nbytes:
+            self._buffers[place] = np.empty(nbytes, np.uint8)
+        held: Raw = self._buffers[place][:nbytes]
+        return held
+
+
+def _sha256(fd: int, size: int, path: Path) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASHED))
+    for at in range(0, size, _HASHED):
+        part = buffer[: min(_HASHED, size - at)]
+        files.read_exact(fd, part, at, path=path)
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,246 @@
+"""Checking a finished output: its structure, its checksums, its values, and a few tensors computed again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.checkpoint import Checkpoint, Shard
+from ..checkpoint.files import InputFiles
+from ..checkpoint.locate import locate_adapter, read_json
+from ..delta.adapters import open_adapter
+from ..delta.dense import FineTune
+from ..delta.source import FLOATS, DeltaSource
+from ..delta.vector import TaskVector
+from ..errors import CheckpointError, TaskvecError, VerificationError, listing, show
+from .output import RECORD
+from .plan import Options, Plan, make_plan
+
+
+@dataclass
+class Verification:
+    """What was checked. `problems` is empty when the output is right; `skipped` says what could not be checked."""
+
+    output: Path
+    checks: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(
+    output: str | os.PathLike[str], *, against: Sequence[str | os.PathLike[str]] = (), sample: int = 3
+) -> Verification:
+    """Check an output of taskvec: structure, checksum of every weight file, no NaN or inf that was not recorded, and
+    `sample` random edited tensors computed again from the inputs, bit for bit.
+
+    Inputs are looked for where the record says they lay, beside the output and in the working directory, and must have
+    the recorded sizes and headers; `against` names them if they lie elsewhere. Raises CheckpointError when the output
+    cannot be read or was not made by taskvec.
+    """
+    checkpoint = Checkpoint.open(output)
+    content = _record(checkpoint)
+    found = Verification(checkpoint.path)
+    _check_files(checkpoint, content, found)
+    _check_data(checkpoint, content, found)
+    if found.ok:
+        _recompute(checkpoint, content, against, sample, found)
+    return found
+
+
+def check(output: str | os.PathLike[str], **options: Any) -> Verification:
+    """As `verify`, but raises VerificationError naming the first problem."""
+    found = verify(output, **options)
+    if not found.ok:
+        raise VerificationError(f"{show(found.output)}: {found.problems[0]}")
+    return found
+
+
+def _record(checkpoint: Checkpoint) -> dict[str, Any]:
+    if checkpoint.folder is not None:
+        path = checkpoint.folder / RECORD
+        if not path.exists():
+            raise CheckpointError(f"{show(checkpoint.path)}: no {RECORD}: not an output of taskvec")
+        return read_json(path)
+    from .record import METADATA_KEY
+
+    (shard,) = checkpoint.shards
+    try:
+        content = json.loads(shard.metadata[METADATA_KEY])
+        content["shards"] = [{"name": shard.path.name, "checksum": content["checksum"]}]
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{show(checkpoint.path)}: no record in its metadata: not an output of taskvec") from error
+    return dict(content)
+
+
+def _check_files(checkpoint: Checkpoint, content: dict[str, Any], found: Verification) -> None:
+    recorded = {shard["name"]: shard for shard in content.get("shards", [])}
+    present = {shard.path.name: shard for shard in checkpoint.shards}
+    if checkpoint.folder is not None:
+        on_disk = {path.name for path in checkpoint.folder.glob("*.safetensors")}
+        stray, missing = sorted((on_disk | set(present)) - set(recorded)), sorted(set(recorded) - set(present))
+        found.problems += [f"{show(name)}: a weight file that the record does not list" for name in stray]
+        found.problems += [f"{show(name)}: a weight file of the record that is missing" for name in missing]
+        absent = [name for name in content.get("side_files", []) if not (checkpoint.folder / name).exists()]
+        found.problems += [f"{show(name)}: missing" for name in absent]
+    for name in sorted(set(recorded) & set(present)):
+        expected = recorded[name]
+        if "nbytes" in expected and present[name].identity.size != expected["nbytes"]:
+            found.problems.append(f"{show(name)}: {present[name].identity.size} bytes, expected {expected['nbytes']}")
+        if "header_sha256" in expected and present[name].header_sha256 != expected["header_sha256"]:
+            found.problems.append(f"{show(name)}: its header is not the one that was written")
+    found.checks.append(f"structure: {len(present)} weight files, {len(checkpoint.tensors)} tensors")
+
+
+def _check_data(checkpoint: Checkpoint, content: dict[str, Any], found: Verification) -> None:
+    recorded = {shard["name"]: shard.get("checksum") for shard in content.get("shards", [])}
+    edited = content.get("tensors", {})
+    files = InputFiles({shard.path: shard.identity for shard in checkpoint.shards})
+    try:
+        for shard in checkpoint.shards:
+            checksum, nonfinite = _scan(shard, files)
+            if recorded.get(shard.path.name) != checksum:
+                found.problems.append(
+                    f"{show(shard.path.name)}: checksum {checksum}, expected {recorded.get(shard.path.name)}"
+                )
+            for name, count in nonfinite.items():
+                known = edited.get(name, {}).get("nonfinite", 0) if name in edited else count
+                if count != known and "tensors" in content:
+                    found.problems.append(f"{show(name)}: {count} values are inf or NaN, {known} were when it was made")
+                else:
+                    found.skipped.append(f"{show(name)} holds {count} inf or NaN, as it did when it was made")
+    finally:
+        files.close()
+    found.checks.append(f"checksums: {checkpoint.nbytes} bytes of tensors; inf and NaN counted")
+
+
+def _scan(shard: Shard, files: InputFiles) -> tuple[str, dict[str, int]]:
+    """The checksum of one weight file, and the tensors with inf or NaN in them."""
+    import numpy as np
+    import xxhash
+
+    from .floats import FORMATS, decode, reaches
+    from .jobs import TILE_BYTES, tiles, unit_bytes
+
+    digests: list[bytes] = []
+    nonfinite: dict[str, int] = {}
+    buffer = np.empty(TILE_BYTES, np.uint8)
+    for tensor in shard.tensors:
+        unit = unit_bytes(tensor.dtype)
+        for tile in tiles(tensor.dtype, tensor.shape, tensor.nbytes):
+            raw = buffer[: tile.units * unit]
+            files.read(shard.path, raw.data, tensor.offset + tile.start * unit, tensor.name)
+            digests.append(xxhash.xxh3_128_digest(raw.data))
+            if tensor.dtype in FLOATS:
+                values = decode(raw, tensor.dtype, np.empty(tile.units, np.float64 if tensor.dtype == "F64" else np.float32))
+                if reaches(values, FORMATS["F32"].overflow if tensor.dtype != "F64" else float("inf")):
+                    nonfinite[tensor.name] = nonfinite.get(tensor.name, 0) + int((~np.isfinite(values)).sum())
+    return xxhash.xxh3_128_hexdigest(b"".join(digests)), nonfinite
+
+
+def _recompute(
+    checkpoint: Checkpoint,
+    content: dict[str, Any],
+    against: Sequence[str | os.PathLike[str]],
+    sample: int,
+    found: Verification,
+) -> None:
+    try:
+        plan = _plan_again(checkpoint, content, [Path(path) for path in against])
+    except TaskvecError as error:
+        if against:
+            raise
+        found.skipped.append(f"nothing computed again: {error}")
+        return
+    edited = [job for job in plan.jobs if not job.copied]
+    chosen = random.Random(content.get("formula")).sample(edited, min(sample, len(edited)))
+    wrong = _differing(plan, checkpoint, {job.name for job in chosen})
+    found.problems += [f"{show(name)}: is not {show(plan.formula)}: {count} bytes differ" for name, count in wrong.items()]
+    found.checks.append(f"computed again: {len(chosen)} of {len(edited)} edited tensors ({listing(j.name for j in chosen)})")
+
+
+def _differing(plan: Plan, checkpoint: Checkpoint, names: set[str]) -> dict[str, int]:
+    import numpy as np
+
+    from .jobs import tiles, unit_bytes
+    from .kernel import NumpyKernel
+    from .stream import Step, Worker
+
+    files = InputFiles({**plan.identities, **{shard.path: shard.identity for shard in checkpoint.shards}})
+    wrong: dict[str, int] = {}
+    try:
+        worker = Worker(files, NumpyKernel)
+        for job in (job for job in plan.jobs if job.name in names):
+            stored = checkpoint.tensors[job.name]
+            for tile in tiles(job.dtype, job.shape, job.nbytes):
+                step = Step(None, 0, job, tile)  # type: ignore[arg-type]  # no output: only read and compute
+                out, _ = worker.compute(step, worker.read(step))
+                written = np.empty(len(out), np.uint8)
+                files.read(stored.path, written.data, stored.offset + tile.start * unit_bytes(job.dtype), job.name)
+                if different := int(np.count_nonzero(out != written)):
+                    wrong[job.name] = wrong.get(job.name, 0) + different
+    finally:
+        files.close()
+    return wrong
+
+
+def _plan_again(checkpoint: Checkpoint, content: dict[str, Any], against: list[Path]) -> Plan:
+    home = checkpoint.path.resolve()
+    base = Checkpoint.open(_find(content["base"], home, against))
+    terms: list[tuple[float, DeltaSource]] = []
+    for term in content["vector"]:
+        terms.append((float(term["coefficient"]), _source_again(term, home, against)))
+    settings: dict[str, Any] = content["options"]
+    options = Options(
+        settings["out_dtype"], settings["max_shard_size"], tuple(settings["include"]), tuple(settings["exclude"])
+    )
+    return make_plan(base, TaskVector(tuple(terms)), options, single_file=checkpoint.folder is None)
+
+
+def _source_again(term: dict[str, Any], home: Path, against: list[Path]) -> DeltaSource:
+    if "adapter" in term:
+        adapter = open_adapter(_find(term["adapter"], home, against))
+        if "origin" in term:
+            return adapter.trained_on(Checkpoint.open(_find(term["origin"], home, against)))
+        return adapter
+    tuned, origin = (Checkpoint.open(_find(term[key], home, against)) for key in ("tuned", "origin"))
+    return FineTune(tuned, origin)
+
+
+def _find(recorded: dict[str, Any], home: Path, against: list[Path]) -> Path:
+    """The recorded input among the places it can be: same files, same sizes, same headers."""
+    name = str(recorded["name"])
+    places = [
+        *against,
+        *([Path(os.path.normpath(home / recorded["from_output"]))] if "from_output" in recorded else []),
+    ]
+    if Path(name).name == name:
+        places += [home.parent / name, Path(name)]
+    for place in places:
+        if place.exists() and _is_recorded(place, recorded):
+            return place
+    raise CheckpointError(
+        f"input {show(name)} of {show(home.name)} was not found, or is another one by now",
+        hint="Say where it is with --against PATH",
+    )
+
+
+def _is_recorded(place: Path, recorded: dict[str, Any]) -> bool:
+    try:
+        adapter = locate_adapter(place)
+        opened = Checkpoint.open(place if adapter is None else adapter / "adapter_model.safetensors")
+    except TaskvecError:
+        return False
+    found = {(s.path.name, s.identity.size, s.header_sha256) for s in opened.shards}
+    return found == {(f["name"], f["bytes"], f["header_sha256"]) for f in recorded["files"]}
+
+
+__all__ = ["Verification", "check", "verify"]
