@@ -73,7 +73,11 @@ class Checkpoint:
     @property
     def label(self) -> str:
         """The last part of the path: what messages, cards and records call this checkpoint (never an absolute path)."""
-        return self.path.resolve().name if self.path.name in ("", ".", "..") else self.path.name
+        path = self.path.resolve() if self.path.name in ("", ".", "..") else self.path
+        repository = path.parent.parent.name  # of the Hub cache: models--org--name/snapshots/commit
+        if path.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/")
+        return path.name
 
     @property
     def nbytes(self) -> int:
@@ -82,8 +86,8 @@ class Checkpoint:
     def refuse_quantized(self) -> None:
         """Raise QuantizedError if the stored numbers are not the weights themselves."""
         hint = "Subtract from the unquantised model, then quantise the result"
-        config = self.config
-        if any(part.get("quantization_config") for part in (config, config.get("text_config") or {})):
+        parts = (self.config, *self.config.values())  # and the configs nested in it: text_config, vision_config, …
+        if any(isinstance(part, dict) and part.get("quantization_config") for part in parts):
             raise QuantizedError(f"{show(self.path)}: config.json has a quantization_config", hint=hint)
         companions = [name for name in self.tensors if name.endswith(_QUANTIZED_SUFFIXES)]
         if companions:

@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import CheckpointError, SourceChangedError, TaskvecError, show
+from ..errors import CheckpointError, OutputError, SourceChangedError, TaskvecError, show
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
+_BLOCK = 4096  # bytes; what file systems share when they share
+_CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.EBADF)
 _LARGEST_CALL = 1 << 30  # bytes; Linux moves at most 0x7ffff000 per call
 _MOST_OPEN = 32  # input descriptors kept open at once
 
@@ -44,11 +46,11 @@ def open_input(path: Path) -> int:
     return fd
 
 
-def os_failure(error: OSError, path: object, what: str) -> TaskvecError:
+def os_failure(error: OSError, path: object, what: str, kind: type[TaskvecError] = CheckpointError) -> TaskvecError:
     """An OSError as one line: what was tried on which file, and the system's own words for why it failed."""
     words = error.strerror or str(error)
     hint = "Free space, or name an output on another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
-    return CheckpointError(f"{show(path)}: {what}: {words}", hint=hint)
+    return kind(f"{show(path)}: {what}: {words}", hint=hint)
 
 
 def identity(fd: int) -> FileIdentity:
@@ -65,8 +67,9 @@ def read_exact(fd: int, buffer: memoryview, offset: int, *, path: Path, tensor: 
         except OSError as error:
             raise os_failure(error, path, f"cannot read{name}") from error
         if got == 0:
+            end = min(offset + at, os.fstat(fd).st_size)
             raise SourceChangedError(
-                f"{show(path)}{name}: the file ends at byte {offset + at}, expected bytes up to {offset + len(buffer)}",
+                f"{show(path)}{name}: the file ends at byte {end}, expected bytes up to {offset + len(buffer)}",
                 hint="It was truncated after it was opened; restore it and run again",
             )
         at += got
@@ -92,7 +95,7 @@ def create_output(path: Path) -> int:
     try:
         return os.open(path, flags, 0o666)
     except OSError as error:
-        raise os_failure(error, path, "cannot create") from error
+        raise os_failure(error, path, "cannot create", OutputError) from error
 
 
 def write_all(fd: int, data: memoryview, offset: int, *, path: Path) -> None:
@@ -102,7 +105,41 @@ def write_all(fd: int, data: memoryview, offset: int, *, path: Path) -> None:
         try:
             at += os.pwrite(fd, data[at : at + _LARGEST_CALL], offset + at)
         except OSError as error:
-            raise os_failure(error, path, "cannot write") from error
+            raise os_failure(error, path, "cannot write", OutputError) from error
+
+
+def copy_range(
+    source: int, target: int, start: int, offset: int, nbytes: int, *, origin: Path, path: Path, tensor: str = ""
+) -> None:
+    """Copy `nbytes` from byte `start` of one file (`origin`) to byte `offset` of another (`path`) inside the kernel.
+
+    Where both lie alike in their blocks, whole blocks go in calls of their own: a file system with reflinks shares them
+    then instead of copying. Where the kernel cannot, the bytes go through a buffer.
+    """
+    edge = -start % _BLOCK if (start - offset) % _BLOCK == 0 else 0
+    middle = nbytes - edge - (nbytes - edge) % _BLOCK
+    for at, size in ((0, min(edge, nbytes)), (edge, max(0, middle)), (edge + max(0, middle), nbytes - edge - max(0, middle))):
+        while size > 0:
+            try:
+                moved = os.copy_file_range(source, target, min(size, _LARGEST_CALL), start + at, offset + at)
+            except OSError as error:
+                if error.errno not in _CANNOT_COPY:
+                    raise os_failure(error, path, "cannot write", OutputError) from error
+                moved = 0
+            if moved == 0:  # not possible here, or the end of the source: the plain way says which
+                _copy_through(source, target, start + at, offset + at, size, origin, path, tensor)
+                moved = size
+            at, size = at + moved, size - moved
+
+
+def _copy_through(
+    source: int, target: int, start: int, offset: int, nbytes: int, origin: Path, path: Path, tensor: str
+) -> None:
+    buffer = memoryview(bytearray(min(nbytes, 1 << 20)))
+    for at in range(0, nbytes, len(buffer)):
+        part = buffer[: min(len(buffer), nbytes - at)]
+        read_exact(source, part, start + at, path=origin, tensor=tensor)
+        write_all(target, part, offset + at, path=path)
 
 
 def reserve(fd: int, size: int, *, path: Path) -> None:
@@ -115,14 +152,14 @@ def reserve(fd: int, size: int, *, path: Path) -> None:
     if _LIBC.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
         number = ctypes.get_errno()
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise os_failure(OSError(number, os.strerror(number)), path, f"cannot reserve {size} bytes")
+            raise os_failure(OSError(number, os.strerror(number)), path, f"cannot reserve {size} bytes", OutputError)
 
 
 def sync(fd: int, *, path: Path) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        raise os_failure(error, path, "cannot flush to disk") from error
+        raise os_failure(error, path, "cannot flush to disk", OutputError) from error
 
 
 def rename_new(source: Path, target: Path) -> None:
@@ -210,12 +247,20 @@ class InputFiles:
             fd = self._open.get(path)
             if fd is None:
                 self._close_idle()
-                fd = open_input(path)
+                fd = self._open_checked(path)
                 self._open[path] = fd
-                self._check(path, fd)
             self._open.move_to_end(path)
             self._users[path] = self._users.get(path, 0) + 1
             return fd
+
+    def _open_checked(self, path: Path) -> int:
+        fd = open_input(path)
+        try:
+            self._check(path, fd)
+        except SourceChangedError:
+            os.close(fd)
+            raise
+        return fd
 
     def _close_idle(self) -> None:
         for path in [p for p in self._open if not self._users.get(p)]:

@@ -13,21 +13,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import MismatchError, show
+from ..errors import CheckpointError, MismatchError, show
 from .checkpoint import Checkpoint
+from .files import read_bytes
 from .locate import read_json
 
 _DENIED_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx",
-    ".onnx_data", ".ot", ".tflite", ".nemo", ".mlmodel", ".index.json", ".npz", ".joblib",
+    ".onnx_data", ".ot", ".tflite", ".nemo", ".mlmodel", ".index.json", ".npz", ".joblib", ".distcp",
 )  # fmt: skip
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DENIED_FOLDERS = re.compile(
-    r"^(original|onnx|openvino|coreml|gguf|runs|wandb|global_step\d*|checkpoint-\d+|__pycache__|logs)$"
+    r"^(original|onnx|openvino|coreml|gguf|runs|wandb|global_step\d*|checkpoint-\d+|optimizer.*|__pycache__|logs)$"
 )
 _DENIED_NAMES = re.compile(
     r"^(README\.md|params\.json|consolidated.*|adapter_.*|optimizer.*|scheduler\.pt|rng_state.*|scaler.*"
     r"|trainer_state\.json|training_args\..*|zero_to_fp32\.py|latest|events\.out\.tfevents.*|taskvec\.json)$"
 )
+_LARGEST_MODULES = 1 << 20  # bytes; a pipeline has a handful of modules
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -58,21 +61,29 @@ def side_files(checkpoint: Checkpoint, out_dtype: str | None) -> tuple[list[Side
         )
     modules = _module_folders(folder)
     for name, path in _walk(folder, "", notes):
-        module_weights = name.endswith(".safetensors") and name.partition("/")[0] in modules
+        module_weights = name.endswith(".safetensors") and "/" in name and name.partition("/")[0] in modules
         if not module_weights and _denied(name):
+            if "/" in name and name.partition("/")[0] in modules and name.endswith(_PICKLED) and not _has_twin(path):
+                notes.append(f"{show(name)}, part of this pipeline, is a pickle: not copied; convert it to safetensors first")
             continue
         if not _inside(path, folder):
             notes.append(f"{show(name)} is a link out of the model folder: not copied")
             continue
+        if module_weights:
+            notes.append(f"{show(name)} is copied as it is; to edit it too, subtract that file by itself")
         found.append(SideFile(name, path, path.stat().st_size))
     if out_dtype is not None:
         found = [_with_dtype(f, out_dtype) if f.name == "config.json" else f for f in found]
     return found, notes
 
 
+def _has_twin(pickle: Path) -> bool:
+    return any(pickle.parent.glob("*.safetensors"))
+
+
 def _denied(name: str) -> bool:
     last = name.rpartition("/")[2]
-    return last.endswith(_DENIED_SUFFIXES) or bool(_DENIED_NAMES.match(last)) or bool(_DENIED_FOLDERS.match(last))
+    return last.lower().endswith(_DENIED_SUFFIXES) or bool(_DENIED_NAMES.match(last)) or bool(_DENIED_FOLDERS.match(last))
 
 
 def _walk(folder: Path, prefix: str, notes: list[str]) -> Iterator[tuple[str, Path]]:
@@ -83,7 +94,7 @@ def _walk(folder: Path, prefix: str, notes: list[str]) -> Iterator[tuple[str, Pa
         if entry.is_dir(follow_symlinks=False):
             if not _DENIED_FOLDERS.match(entry.name):
                 yield from _walk(Path(entry.path), name + "/", notes)
-        elif entry.is_file():
+        elif os.path.isfile(entry.path):  # not the entry's own, which raises for a link to itself
             yield name, Path(entry.path)
         else:
             notes.append(f"{show(name)} is not a regular file: not copied")
@@ -99,9 +110,9 @@ def _inside(path: Path, folder: Path) -> bool:
 def _module_folders(folder: Path) -> set[str]:
     """Sub-folders whose weights are part of the model: the modules of a sentence-transformers pipeline."""
     try:
-        modules = json.loads((folder / "modules.json").read_text("utf-8"))
+        modules = json.loads(read_bytes(folder / "modules.json", _LARGEST_MODULES).decode("utf-8"))
         return {str(module["path"]).partition("/")[0] for module in modules if module.get("path")}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (CheckpointError, ValueError, TypeError, AttributeError, RecursionError):
         return set()
 
 
@@ -111,7 +122,8 @@ def _with_dtype(file: SideFile, out_dtype: str) -> SideFile:
     if out_dtype in _TORCH_NAMES:
         config.setdefault("torch_dtype" if "torch_dtype" in config else "dtype", None)
         _set_dtype(config, _TORCH_NAMES[out_dtype])
-    content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    content = text.encode(errors="backslashreplace")  # a lone surrogate is written as its JSON escape again
     return file._replace(content=content, nbytes=len(content))
 
 

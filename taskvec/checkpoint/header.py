@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -120,19 +121,20 @@ def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     except UnicodeDecodeError as error:
         _refuse(path, f"header is not UTF-8 (byte {error.start})")
     try:
-        # a minus sign outside a name can only be a number the format forbids; "-0" would otherwise pass as 0
         entries = json.loads(
             text.rstrip(" "),
-            object_pairs_hook=lambda pairs: _unique(path, pairs),
-            parse_constant=lambda word: _refuse(path, f"{word} in the header, expected whole numbers"),
-            parse_float=lambda word: _refuse(path, f"number {word[:40]} in the header, expected whole numbers"),
-            parse_int=(lambda word: _whole(path, word)) if b"-" in raw else None,
+            object_pairs_hook=_unique,
+            parse_int=_whole if b"-" in raw else None,  # else the parser's own, which is fast
         )
     except RecursionError:
         _refuse(path, "header nests too deeply")
     except ValueError as error:
         _refuse(path, f"header is not JSON ({error})")
+    if isinstance(entries, _Repeated):
+        _refuse(path, "the name occurs twice in the header", entries.key)
     metadata = entries.pop("__metadata__", {})
+    if isinstance(metadata, _Repeated):
+        _refuse(path, f"__metadata__ has {show(metadata.key)} twice")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _refuse(path, "__metadata__ is not a map from text to text")
     for text_found in metadata.items():
@@ -140,21 +142,22 @@ def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     return entries, metadata
 
 
-def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class _Repeated(NamedTuple):
+    """What stands for a JSON object with a repeated key until it is refused where its place is known."""
+
+    key: str
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Repeated:
     found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                _refuse(path, "the name occurs twice in the header", key)
-            seen.add(key)
-    return found
+    if len(found) == len(pairs):
+        return found
+    return _Repeated(Counter(key for key, _ in pairs).most_common(1)[0][0])
 
 
-def _whole(path: Path, word: str) -> int:
-    if word.startswith("-"):
-        _refuse(path, f"number {word[:40]} in the header, expected none below zero")
-    return int(word)
+def _whole(word: str) -> int | float:
+    """An int, or a float for what begins with a minus sign: "-0" would pass as 0, a float is refused with its tensor."""
+    return float(word) if word.startswith("-") else int(word)
 
 
 def _encodable(path: Path, *texts: str) -> None:
@@ -172,19 +175,21 @@ def _locate(path: Path, entries: dict[str, Any], data: int, size: int) -> list[S
     found = []
     for name, entry in entries.items():
         _encodable(path, name)
+        if isinstance(entry, _Repeated):
+            _refuse(path, f"the field {show(entry.key)} occurs twice", name)
         if not isinstance(entry, dict) or entry.keys() != _FIELDS:
             _refuse(path, f"expected exactly the fields {', '.join(sorted(_FIELDS))}", name)
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
             _refuse(path, f"dtype {show(dtype)}, expected one of {', '.join(DTYPE_BITS)}", name)
         if not _all_whole(shape) or not _all_whole(offsets) or len(offsets) != 2:
-            _refuse(path, "shape or data_offsets are not lists of whole numbers", name)
+            _refuse(path, f"shape {show(shape)}, data_offsets {show(offsets)}, expected lists of whole numbers", name)
         begin, end = offsets
         if end < begin or end > size - data:
-            _refuse(path, f"data_offsets [{begin}, {end}], but the data is {size - data} bytes", name)
+            _refuse(path, f"data_offsets {show(offsets)}, but the data is {size - data} bytes", name)
         nbytes = _byte_size(path, name, dtype, shape)
         if nbytes != end - begin:
-            _refuse(path, f"{dtype} {list(shape)} takes {nbytes} bytes, but its data_offsets span {end - begin}", name)
+            _refuse(path, f"{dtype} {show(shape)} takes {nbytes} bytes, but its data_offsets span {end - begin}", name)
         found.append(StoredTensor(name, dtype, tuple(shape), path, data + begin, nbytes))
     found.sort(key=lambda tensor: (tensor.offset, tensor.offset + tensor.nbytes))
     _check_tiling(path, found, data, size)

@@ -12,10 +12,11 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, listing, show
-from .files import read_bytes
+from .files import os_failure, read_bytes
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
+_MODEL, _MODEL_INDEX = "model.safetensors", "model" + _INDEX_SUFFIX  # what transformers looks for
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _LARGEST_JSON = 256 << 20  # bytes; the index of a model with a million tensors is about 100 MB
 
@@ -48,9 +49,9 @@ def locate_adapter(source: str | os.PathLike[str]) -> Path | None:
     folder = path if path.is_dir() else path.parent
     if not path.is_dir() and path.name != ADAPTER_WEIGHTS:
         return None
-    if not (folder / ADAPTER_CONFIG).exists() and not (folder / ADAPTER_WEIGHTS).exists():
+    if not any(os.path.exists(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
         return None
-    rivals = [n for n in ("model.safetensors", "model" + _INDEX_SUFFIX) if (folder / n).exists()]
+    rivals = [n for n in (_MODEL, _MODEL_INDEX) if os.path.exists(folder / n)]
     if rivals and path.is_dir():
         raise CheckpointError(
             f"{show(path)}: holds both an adapter and a model ({listing(rivals)})",
@@ -60,15 +61,20 @@ def locate_adapter(source: str | os.PathLike[str]) -> Path | None:
 
 
 def existing(source: str | os.PathLike[str]) -> Path:
-    path = Path(source).expanduser()
-    if not os.path.lexists(path):
+    """The path that was typed. Raises CheckpointError when there is nothing, or it may not be looked at."""
+    typed = os.path.expanduser(source)  # not Path's own: that one raises for a ~user unknown here
+    try:
+        os.stat(typed)
+    except (OSError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            raise os_failure(error, source, "cannot open") from error
+        if os.path.islink(typed):
+            raise CheckpointError(f"{show(source)}: a link to nothing (or to itself)") from error
         raise CheckpointError(
             f"{show(source)}: no such file or folder",
             hint="Name a .safetensors file, a model folder or an adapter folder",
-        )
-    if not path.exists():
-        raise CheckpointError(f"{show(source)}: a link to nothing (or to itself)")
-    return path
+        ) from error
+    return Path(typed)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,15 +97,20 @@ def _refuse_pickle(path: Path) -> None:
 
 
 def _locate_folder(folder: Path) -> Location:
-    names = sorted(entry.name for entry in os.scandir(folder))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise os_failure(error, folder, "cannot list") from error
     indexes = [name for name in names if name.endswith(_INDEX_SUFFIX) and not name.startswith(".")]
     files = [n for n in names if n.endswith(".safetensors") and not n.startswith(".") and n != ADAPTER_WEIGHTS]
+    if _MODEL in files or _MODEL_INDEX in indexes:  # another index is of another copy, like Mistral's consolidated-*
+        indexes = [name for name in indexes if name == _MODEL_INDEX]
     if len(indexes) > 1:
         raise CheckpointError(f"{show(folder)}: {len(indexes)} indexes ({listing(indexes)}), expected one")
     if indexes:
         return _locate_sharded(folder, folder / indexes[0], files)
-    if "model.safetensors" in files or len(files) == 1:
-        path = folder / ("model.safetensors" if "model.safetensors" in files else files[0])
+    if _MODEL in files or len(files) == 1:
+        path = folder / (_MODEL if _MODEL in files else files[0])
         return Location(folder, folder, [path], None, None)
     if files:
         raise CheckpointError(
@@ -130,7 +141,7 @@ def _locate_sharded(folder: Path, index: Path, files: list[str]) -> Location:
             f"{show(folder)}: {stray} lies beside {index.name}; transformers would load it in place of the shards",
             hint=f"Remove the stale one, or name the file itself: {show(folder / stray)}",
         )
-    missing = [name for name in shards if not (folder / name).exists()]
+    missing = [name for name in shards if not os.path.exists(folder / name)]
     if missing:
         raise CheckpointError(
             f"{show(index)}: {len(missing)} of {len(shards)} shards are missing ({listing(missing)})",

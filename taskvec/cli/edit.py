@@ -10,9 +10,9 @@ import click
 
 from ..errors import UsageError, show
 from ..run.edited import EditedCheckpoint, edited_checkpoint
-from ..run.plan import OUT_DTYPES, Plan
+from ..run.plan import OUT_DTYPES
 from .main import print_json
-from .progress import Progress, human_bytes, print_report
+from .progress import Progress, print_report
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -48,6 +48,7 @@ def _options(command: Command) -> Command:
             click.option("--exclude", multiple=True, metavar="GLOB", help="Copy these tensors unchanged (repeatable)."),
             click.option("--overwrite", is_flag=True, help="Replace an output that taskvec made, in one step."),
             click.option("-j", "--jobs", type=int, metavar="N", help="Threads; one per processor, at most 8."),
+            click.option("--memory", metavar="SIZE", help="Cap on the run's buffers, like 64MB: fewer threads fit."),
             click.option("--no-fsync", is_flag=True, help="Do not flush to disk: faster, not safe from power loss."),
             click.option("--sha256", is_flag=True, help="Record the SHA-256 of every weight file."),
             click.option("--dry-run", is_flag=True, help="Print the plan; write nothing."),
@@ -83,20 +84,19 @@ def add(alpha: float, **options: Any) -> None:
 
 
 def _run(
-    *, model: str, old: str, coefficient: float, base: str | None, dry_run: bool, as_json: bool, quiet: bool, verbose: bool,
-    output: str, max_shard_size: str | None, no_fsync: bool, device: str, jobs: int | None, overwrite: bool, sha256: bool,
+    *, model: str, old: str, coefficient: float, base: str | None, output: str, dry_run: bool, as_json: bool, quiet: bool,
+    verbose: bool, no_fsync: bool, device: str, jobs: int | None, memory: str | None, overwrite: bool, sha256: bool,
     **options: Any,
 ) -> None:  # fmt: skip
     if quiet and verbose:
         raise UsageError("--quiet and --verbose exclude each other")
     edited = edited_checkpoint(model, old, coefficient, base)
-    options["max_shard_size"] = max_shard_size
     if dry_run:
         _dry_run(edited, output, as_json, quiet, overwrite, options)
         return
     with Progress(quiet=quiet, as_json=as_json, verbose=verbose) as progress:
         report = edited.save(
-            output, device=device, jobs=jobs, overwrite=overwrite, sha256=sha256, fsync=not no_fsync,
+            output, device=device, jobs=jobs, memory=memory, overwrite=overwrite, sha256=sha256, fsync=not no_fsync,
             planned=progress.planned, progress=progress.advance, shard_done=progress.shard_done, **options,
         )  # fmt: skip
     if as_json:
@@ -112,17 +112,4 @@ def _dry_run(
     if as_json:
         print_json({"ok": True, "dry_run": True, "plan": plan.summary()})
     elif not quiet:
-        click.echo(_plan_text(plan))
-
-
-def _plan_text(plan: Plan) -> str:
-    s = plan.summary()
-    lines = [
-        show(s["formula"], 2000),
-        f"edit {s['tensors_edited']} tensors ({s['elements_edited']:,} elements), copy {s['tensors_copied']}",
-        f"read {human_bytes(s['bytes_to_read'])}, write {human_bytes(s['bytes_to_write'])}",
-        *(f"  {f['name']}  {human_bytes(f['bytes'])}, {f['tensors']} tensors, {f['edited']} edited" for f in s["shards"]),
-    ]
-    if s["side_files"]:
-        lines.append(f"copy along {', '.join(show(name) for name in s['side_files'])}")
-    return "\n".join(lines + [f"note: {note}" for note in s["notes"]] + ["dry run: nothing was written"])
+        click.echo(f"{plan}\ndry run: nothing was written")

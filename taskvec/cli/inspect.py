@@ -7,8 +7,8 @@ import click
 from ..errors import show
 from ..insight.inspect import Inspection
 from ..insight.inspect import inspect as inspect_source
+from ..run.plan import human_bytes
 from .main import print_json
-from .progress import human_bytes
 
 
 @click.command()

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from .._version import __version__
-from ..errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE, TaskvecError, show
+from ..errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE, TaskvecError, UsageError, show
 
 _COMMANDS = {  # verb -> (module, attribute); a module is imported when its verb is used
     "subtract": ("edit", "subtract"),
@@ -77,11 +77,14 @@ def _run() -> int:
         if debug:
             raise
         return _fail(type(error).__name__, error.message, error.hint, error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return EXIT_USAGE
     except click.ClickException as error:
         usage = isinstance(error, click.UsageError)
         hint = f"See {error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else None
         return _fail(
-            type(error).__name__,
+            UsageError.__name__ if usage else type(error).__name__,
             show(error.format_message(), 2000).rstrip("."),
             hint,
             EXIT_USAGE if usage else EXIT_ERROR,

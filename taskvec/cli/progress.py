@@ -10,7 +10,7 @@ import click
 
 from ..errors import show
 from ..run.edited import Report
-from ..run.plan import Plan
+from ..run.plan import Plan, human_bytes
 
 if TYPE_CHECKING:
     from ..run.stream import ShardResult
@@ -70,15 +70,6 @@ class Progress:
             elapsed = time.perf_counter() - self._started
             line = f"{shard.name}: {human_bytes(shard.nbytes)}, file {self._files} of {self._total}, {elapsed:.1f} s"
             click.echo(line, err=True)
-
-
-def human_bytes(size: float) -> str:
-    """Decimal units, as disks and the Hub count."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} TB"
 
 
 def print_report(report: Report, *, verbose: bool) -> None:

@@ -60,14 +60,18 @@ class TaskVector:
     def __mul__(self, factor: float) -> TaskVector:
         if isinstance(factor, (TaskVector, Checkpoint)):
             raise TypeError(f"vector · {type(factor).__name__.lower()} has no meaning; scale a vector by a number")
-        return TaskVector(tuple((coefficient * finite(factor), source) for coefficient, source in self.terms))
+        scale = finite(factor)
+        return TaskVector(tuple((finite(coefficient * scale), source) for coefficient, source in self.terms))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> TaskVector:
-        if finite(divisor) == 0:
+        if isinstance(divisor, (TaskVector, Checkpoint)):
+            raise TypeError(f"vector / {type(divisor).__name__.lower()} has no meaning; divide a vector by a number")
+        scale = finite(divisor)
+        if scale == 0:
             raise UsageError("vector / 0 has no meaning")
-        return TaskVector(tuple((coefficient / divisor, source) for coefficient, source in self.terms))
+        return TaskVector(tuple((finite(coefficient / scale), source) for coefficient, source in self.terms))
 
     def __add__(self, other: TaskVector) -> TaskVector:
         if not isinstance(other, TaskVector):
@@ -104,9 +108,13 @@ def finite(number: float, what: str = "a scaling coefficient") -> float:
     """`number` as a float. Raises UsageError for nan and inf, TypeError for what is not a real number."""
     if not isinstance(number, Real) or isinstance(number, bool):
         raise TypeError(f"{what}: found {type(number).__name__}, expected a real number")
-    if not math.isfinite(number):
-        raise UsageError(f"{what} is {number}, expected a finite number")
-    return float(number)
+    try:
+        value = float(number)
+    except OverflowError:  # an int beyond float64
+        value = math.inf
+    if not math.isfinite(value):
+        raise UsageError(f"{what} is {value}, expected a finite number")
+    return value
 
 
 def _opened(source: Checkpoint | str | os.PathLike[str]) -> Checkpoint:

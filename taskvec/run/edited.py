@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.header import encode_header
+from ..checkpoint.header import StoredTensor, encode_header
 from ..checkpoint.locate import locate_adapter
+from ..delta.adapters.lora import LoraAdapter
+from ..delta.source import DenseDelta
 from ..delta.vector import TaskVector, finite, when_added
 from ..errors import AdapterError, UsageError, listing, show
 from .jobs import Job
 from .output import RECORD, Staging, Target, check_space, check_target
-from .plan import Options, Plan, factors_to_check, make_plan
+from .plan import Options, Plan, factors_to_check, human_bytes, make_plan, parse_bytes
 
 if TYPE_CHECKING:
+    from ..checkpoint.files import InputFiles
+    from .device import Device
     from .stream import ShardResult
 
 PathLike = str | os.PathLike[str]
@@ -119,6 +123,7 @@ class EditedCheckpoint:
         exclude: Sequence[str] = (),
         overwrite: bool = False,
         jobs: int | None = None,
+        memory: int | str | None = None,
         fsync: bool = True,
         sha256: bool = False,
         progress: Callable[[int], None] = lambda written: None,
@@ -137,6 +142,7 @@ class EditedCheckpoint:
             include, exclude: shell-style patterns of tensor names; what they leave out is copied.
             overwrite: replace an output that taskvec made; it survives until the new one is complete.
             jobs: threads, by default one per processor this process may use (at most 8).
+            memory: cap on the buffers of all threads together, in bytes or text like 64MB; fewer threads then run.
             fsync: flush everything to disk before saying success. `sha256`: record the SHA-256 of every weight file.
             progress, shard_done, planned: called in this thread with bytes written, each finished file, the plan.
 
@@ -149,13 +155,21 @@ class EditedCheckpoint:
             overwrite=overwrite,
         )  # fmt: skip
         from . import record, stream
-        from .device import kernel_for
+        from .device import open_device
 
-        name, make_kernel = kernel_for(device)
+        where = open_device(device)
         if target.single_file:
             plan = _with_metadata(plan, record.single_file_metadata(plan, target.path))
         planned(plan)
-        settings = stream.Settings(_threads(jobs), fsync, sha256, make_kernel, progress, shard_done)
+        settings = stream.Settings(
+            workers=_workers(plan, where, jobs, memory),
+            batch=where.batch,
+            fsync=fsync,
+            sha256=sha256,
+            make_kernel=where.make_kernel,
+            progress=progress,
+            shard_done=shard_done,
+        )
         with Staging(target, fsync=fsync) as staging:
             result = stream.execute(plan, staging.path, settings)
             if not target.single_file:
@@ -178,7 +192,7 @@ class EditedCheckpoint:
             bytes_read=plan.bytes_to_read,
             bytes_written=plan.bytes_to_write,
             seconds=seconds,
-            device=name,
+            device=where.name,
         )
 
     def _inputs(self) -> list[Checkpoint]:
@@ -242,23 +256,41 @@ def edited_checkpoint(
 
 def check_factors(plan: Plan) -> None:
     """Raises AdapterError naming the first adapter tensor that holds NaN or inf: the product would spread it."""
-    import numpy as np
-
     from ..checkpoint.files import InputFiles
-    from .floats import decode
 
     files = InputFiles(plan.identities)
     try:
-        for stored in factors_to_check(plan):
-            raw = np.empty(stored.nbytes, np.uint8)
-            files.read(stored.path, raw.data, stored.offset, stored.name)
-            if not np.isfinite(decode(raw, stored.dtype, np.empty(stored.elements, np.float32))).all():
+        for stored in (*factors_to_check(plan), *_replaced(plan)):
+            if not _is_finite(stored, files):
                 raise AdapterError(
                     f"{show(stored.path)}: tensor {show(stored.name)}: holds NaN or inf, expected finite numbers",
                     hint="The training diverged; take an earlier step of it",
                 )
     finally:
         files.close()
+
+
+def _replaced(plan: Plan) -> list[StoredTensor]:
+    """The tensors of adapters that hold new values (modules_to_save, biases), as far as they are used."""
+    adapters = [source.folder.weights for _, source in plan.vector.terms if isinstance(source, LoraAdapter)]
+    paths = {shard.path for weights in adapters for shard in weights.shards}
+    dense = (delta for job in plan.jobs for _, delta in job.terms if isinstance(delta, DenseDelta))
+    return [delta.tuned for delta in dense if delta.tuned.path in paths]
+
+
+def _is_finite(stored: StoredTensor, files: InputFiles) -> bool:
+    import numpy as np
+
+    from .floats import decode
+    from .jobs import tiles, unit_bytes
+
+    unit = unit_bytes(stored.dtype)
+    for tile in tiles(stored.dtype, stored.shape, stored.nbytes):
+        raw = np.empty(tile.units * unit, np.uint8)
+        files.read(stored.path, raw.data, stored.offset + tile.start * unit, stored.name)
+        if not np.isfinite(decode(raw, stored.dtype, np.empty(tile.units, np.float64))).all():
+            return False
+    return True
 
 
 def _with_metadata(plan: Plan, metadata: dict[str, str]) -> Plan:
@@ -273,11 +305,19 @@ def _with_metadata(plan: Plan, metadata: dict[str, str]) -> Plan:
     return replace(plan, shards=(shard._replace(header=header, jobs=moved, size=shard.size + shift),))
 
 
-def _threads(jobs: int | None) -> int:
+def _workers(plan: Plan, device: Device, jobs: int | None, memory: int | str | None) -> int:
+    """How many threads: as asked or one per processor, but no more than fit in `memory`. Raises UsageError if none does."""
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs {jobs}, expected at least 1")
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return jobs or min(8, available)
+    wanted = jobs or device.workers or min(8, available)
+    if memory is None:
+        return wanted
+    needed = plan.buffer_bytes(device.batch)
+    fitting = parse_bytes("memory", memory) // max(1, needed)
+    if fitting < 1:
+        raise UsageError(f"memory {show(memory)}: one thread of this run needs {human_bytes(needed)} of buffers")
+    return min(wanted, fitting)
 
 
 when_added(EditedCheckpoint)

@@ -31,7 +31,7 @@ class Format(NamedTuple):
 FORMATS = {
     "F64": Format(52, -1022, 1023, np.inf, np.inf),
     "F32": Format(23, -126, 127, (2 - 2**-24) * 2.0**127, np.inf),
-    "BF16": Format(7, -126, 127, (2 - 2**-8) * 2.0**127, np.inf),
+    "BF16": Format(7, -126, 127, (2 - 2**-8) * 2.0**127, 2.0**128),  # float32's inf
     "F16": Format(10, -14, 15, 65520.0, 65536.0),
     "F8_E5M2": Format(2, -14, 15, 61440.0, 65536.0),
     "F8_E4M3": Format(3, -6, 7, float(np.nextafter(np.float32(464), np.float32(np.inf))), 480.0),  # no inf: NaN

@@ -9,6 +9,7 @@ from ..checkpoint.header import DTYPE_BITS, StoredTensor
 from ..delta.source import FLOATS, Delta, DenseDelta, LowRankDelta
 
 TILE_BYTES = 1 << 20  # of output; larger writes make ext4 ask for large folios, which costs more than it saves
+METADATA_KEY = "taskvec"  # of `__metadata__`, for what a single output file says about itself
 CHECKSUM_PLACE = "the-checksum-of-the-data-is-here"  # in a planned header; the run puts its 32 hex digits there
 
 
@@ -22,7 +23,7 @@ class Term(NamedTuple):
 class Job(NamedTuple):
     """One output tensor. No terms and base's own dtype: copied as bytes. Otherwise: edited (or cast).
 
-    `offset` is absolute in the output file; `compared` is a tuned tensor whose bytes are only compared with base's.
+    `offset` is absolute in the output file; `compared` are tuned tensors whose bytes are only compared with base's.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Job(NamedTuple):
     nbytes: int
     base: StoredTensor
     terms: tuple[Term, ...]
-    compared: StoredTensor | None = None
+    compared: tuple[StoredTensor, ...] = ()
 
     @property
     def copied(self) -> bool:
@@ -47,8 +48,7 @@ class Job(NamedTuple):
                 found[delta.tuned] = found[delta.origin] = None
             elif not isinstance(delta, LowRankDelta):
                 found[delta.value] = None
-        if self.compared is not None:
-            found[self.compared] = None
+        found.update(dict.fromkeys(self.compared))
         return tuple(found)
 
     @property
@@ -106,3 +106,34 @@ def tiles(dtype: str, shape: tuple[int, ...], nbytes: int) -> Iterator[Tile]:
         for column in range(0, columns, most):
             width = min(most, columns - column)
             yield Tile(row * columns + column, width, row, 1, column, width)
+
+
+def batches(job: Job, limit: int) -> Iterator[tuple[Tile, ...]]:
+    """Consecutive tiles of one tensor that are moved together: at most `limit` bytes of output, but at least one tile,
+    and either whole rows or parts of one row."""
+    held: list[Tile] = []
+    nbytes = 0
+    for tile in tiles(job.dtype, job.shape, job.nbytes):
+        size = tile.units * unit_bytes(job.dtype)
+        part_of_row = tile.units < tile.rows * _row_units(job)
+        if held and (nbytes + size > limit or (part_of_row and tile.row != held[0].row)):
+            yield tuple(held)
+            held, nbytes = [], 0
+        held.append(tile)
+        nbytes += size
+    if held:
+        yield tuple(held)
+
+
+def merged(held: tuple[Tile, ...]) -> Tile:
+    """The run of units that a batch covers, as one tile."""
+    first, last = held[0], held[-1]
+    units = last.start + last.units - first.start
+    if first.row == last.row:
+        return first._replace(units=units, columns=last.column + last.columns - first.column)
+    return first._replace(units=units, rows=last.row + last.rows - first.row)
+
+
+def _row_units(job: Job) -> int:
+    rows = job.shape[0] if len(job.shape) > 1 and job.dtype in FLOATS else 1
+    return job.nbytes // unit_bytes(job.dtype) // max(1, rows)

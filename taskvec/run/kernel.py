@@ -28,7 +28,7 @@ from .jobs import Job, Tile, unit_bytes
 class Counts:
     """What an edit did, in elements. `intended`: Δ is not zero there; `changed`: the output's bits differ from base's;
     `overflow`: finite inputs, output inf or NaN; `nonfinite`: all inf and NaN of the output; `differs`: of a copied
-    tensor, elements (bytes) that are others in tuned.
+    tensor, bytes that are others in tuned (of several, in the one that differs most).
     """
 
     intended: int = 0
@@ -81,6 +81,10 @@ class NumpyKernel:
         self._scratch: dict[tuple[str, str], NDArray[Any]] = {}
         self._factors: tuple[Job, list[tuple[Floats, Floats]]] | None = None
 
+    def host_buffer(self, nbytes: int) -> Raw:
+        """Plain memory."""
+        return np.empty(nbytes, np.uint8)
+
     def edit(self, job: Job, tile: Tile, raw: Mapping[StoredTensor, Raw]) -> tuple[Raw, Counts]:
         """The output bytes of one tile, valid until the next call, and what happened in it.
 
@@ -98,8 +102,13 @@ class NumpyKernel:
             counts.changed = self._differing(out, reference, job.dtype)
             return out, counts
 
-    def _accumulate(self, job: Job, tile: Tile, raw: Mapping[StoredTensor, Raw]) -> tuple[Floats, int]:
-        """base − Σ α·Δ, unrounded, [count]; and in how many elements Δ is not zero."""
+    def _accumulate(
+        self, job: Job, tile: Tile, raw: Mapping[StoredTensor, Raw], *, repairing: bool = False
+    ) -> tuple[Floats, int]:
+        """base − Σ α·Δ, unrounded, [count]; and in how many elements Δ is not zero.
+
+        `repairing`: where tuned equals origin Δ is 0, though both be inf or NaN.
+        """
         kind = "f8" if job.base.dtype == "F64" else "f4"
         values = decode(raw[job.base], job.base.dtype, self._buffer("values", kind, tile.units))
         untouched: NDArray[np.bool_] | None = None
@@ -107,6 +116,8 @@ class NumpyKernel:
             delta = self._buffer("delta", kind, tile.units)
             origin = values if position == 0 else None
             same, alpha = self._delta(job, position, tile, raw, delta, origin)
+            if repairing:
+                delta[same] = 0
             subtract_scaled(np, values, delta, alpha if kind == "f8" else single(alpha))
             untouched = same if untouched is None else np.logical_and(untouched, same)
         intended = 0 if untouched is None else tile.units - int(np.count_nonzero(untouched))
@@ -134,10 +145,9 @@ class NumpyKernel:
             self._product(job, position, tile, out)
             return np.equal(out, 0, out=same), 1.0
         decode(raw[delta.value], delta.value.dtype, out)
-        np.equal(out, 0, out=same)
         np.multiply(out, out.dtype.type(alpha * delta.scale), out=out)
         np.add(out, 0, out=out)  # −0 to +0: subtracting it must not turn base's −0 to +0
-        return same, 1.0
+        return np.equal(out, 0, out=same), 1.0
 
     def _equal_bits(
         self, delta: DenseDelta, raw: Mapping[StoredTensor, Raw], tuned: Floats, origin: Floats, same: NDArray[np.bool_]
@@ -148,6 +158,7 @@ class NumpyKernel:
         else:
             bits = np.uint32 if tuned.dtype == np.float32 else np.uint64
             np.equal(tuned.view(bits), origin.view(bits), out=same)
+            same |= np.isnan(tuned) & np.isnan(origin)  # dtypes and devices disagree on payloads
 
     def _product(self, job: Job, position: int, tile: Tile, out: Floats) -> None:
         """α·s·(left @ right), or its transpose, of one tile: [rows, r] @ [r, columns] in float32."""
@@ -193,18 +204,18 @@ class NumpyKernel:
         self, job: Job, tile: Tile, raw: Mapping[StoredTensor, Raw], out: Raw, reference: Raw, counts: Counts
     ) -> None:
         """The rare tile with inf or NaN in it: base's bits where nothing was to change, canonical NaN elsewhere."""
-        values = self._accumulate(job, tile, raw)[0].copy()
+        values, counts.intended = self._accumulate(job, tile, raw, repairing=True)
+        nan = np.isnan(values)
+        encode(values, job.dtype, out, self._buffer("work", "u4", tile.units))
         untouched = np.ones(tile.units, bool)
         finite = np.ones(tile.units, bool)
         for stored in job.elementwise:
             finite &= np.isfinite(decode(raw[stored], stored.dtype, np.empty(tile.units, np.float64)))
         for position in range(len(job.terms)):
-            untouched &= self._delta(job, position, tile, raw, self._buffer("delta", values.dtype.str[1:], tile.units), None)[
-                0
-            ]
+            delta = self._buffer("delta", values.dtype.str[1:], tile.units)
+            untouched &= self._delta(job, position, tile, raw, delta, None)[0]
         base_nan = np.isnan(decode(raw[job.base], job.base.dtype, np.empty(tile.units, np.float64)))
         result, base_words = words(out, job.dtype), words(reference, job.dtype)
-        nan = np.isnan(values)
         result[nan] = canonical_nan(job.dtype)
         kept = untouched | (nan & base_nan)
         result[kept] = base_words[kept]

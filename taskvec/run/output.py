@@ -14,9 +14,11 @@ from typing import NamedTuple
 from ..checkpoint import files
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder import SideFile
-from ..errors import NotEnoughDiskError, OutputError, OutputExistsError, OutputOverlapError, UsageError, show
+from ..checkpoint.header import read_header
+from ..errors import CheckpointError, NotEnoughDiskError, OutputError, OutputExistsError, OutputOverlapError, UsageError, show
+from .jobs import METADATA_KEY
 
-RECORD = "taskvec.json"
+RECORD = "taskvec.json"  # in an output folder; a single output file has METADATA_KEY in its `__metadata__` instead
 _COPIED = 1 << 20  # bytes per read when a side file is copied
 
 
@@ -29,7 +31,7 @@ class Target(NamedTuple):
 
     @classmethod
     def of(cls, output: str | os.PathLike[str]) -> Target:
-        path = Path(os.path.abspath(Path(output).expanduser()))
+        path = Path(os.path.abspath(os.path.expanduser(output)))  # not Path's own: that one raises for a ~user unknown here
         if not str(output).strip() or path.name == "":
             raise UsageError(f"output {show(output)!r} is not a name for a folder or file")
         if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf"):
@@ -39,10 +41,13 @@ class Target(NamedTuple):
 
 def check_target(target: Target, inputs: Iterable[Checkpoint], overwrite: bool) -> None:
     """Raises OutputOverlapError when the output is, holds or lies in an input, also with `overwrite`;
-    OutputExistsError when something is there and may not be replaced."""
+    OutputExistsError when something is there and may not be replaced; OutputError when no folder can be there."""
     for checkpoint in inputs:
         _check_overlap(target, checkpoint)
     if not os.path.lexists(target.path):
+        above = next(parent for parent in target.path.parents if os.path.lexists(parent))
+        if not above.is_dir():
+            raise OutputError(f"{show(target.typed)}: {show(above.name)} is not a folder", hint="Name an output elsewhere")
         return
     if not overwrite:
         raise OutputExistsError(f"{show(target.typed)}: exists already", hint="Name another output, or allow --overwrite")
@@ -51,12 +56,20 @@ def check_target(target: Target, inputs: Iterable[Checkpoint], overwrite: bool) 
         raise OutputExistsError(
             f"{show(target.typed)}: is {kind}, which --overwrite does not replace", hint="Remove it first"
         )
-    foreign = target.path.is_dir() and not (target.path / RECORD).exists() and any(os.scandir(target.path))
-    if foreign:
+    if not _made_by_taskvec(target):
         raise OutputExistsError(
-            f"{show(target.typed)}: holds files that taskvec did not make (no {RECORD}), --overwrite would delete them",
-            hint="Remove the folder yourself, or name another output",
+            f"{show(target.typed)}: not made by taskvec (no record in it), and --overwrite would delete it",
+            hint="Remove it yourself, or name another output",
         )
+
+
+def _made_by_taskvec(target: Target) -> bool:
+    if target.single_file:
+        try:
+            return METADATA_KEY in read_header(target.path).metadata
+        except CheckpointError:
+            return False
+    return (target.path / RECORD).is_file() or not os.listdir(target.path)
 
 
 def check_space(target: Target, needed: int) -> None:
@@ -79,14 +92,15 @@ class Staging:
         self._target = target
         self._fsync = fsync
         name = f".{target.path.name}.taskvec-partial-{secrets.token_hex(4)}"
-        self.path = target.path.parent / name
+        # as the user wrote it: messages name files in it, and absolute paths are nobody's business
+        self.path = Path(os.path.normpath(os.path.expanduser(target.typed))).parent / name
 
     def __enter__(self) -> Staging:
         try:
             self._target.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir()
         except OSError as error:
-            raise files.os_failure(error, self._target.typed, "cannot create the output there") from error
+            raise files.os_failure(error, self._target.typed, "cannot create the output there", OutputError) from error
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -127,7 +141,7 @@ class Staging:
                 hint="Name another output, or run again with --overwrite",
             ) from error
         except OSError as error:
-            raise files.os_failure(error, self._target.typed, "cannot rename the finished output") from error
+            raise files.os_failure(error, self._target.typed, "cannot rename the finished output", OutputError) from error
         if self._fsync:
             files.sync_folder(self._target.path.parent)
 
@@ -152,20 +166,21 @@ def _copy(source: int, file: SideFile, fd: int, path: Path) -> None:
 
 
 def _check_overlap(target: Target, checkpoint: Checkpoint) -> None:
-    out = _real(target.path)
+    out = _real(target.path, target.typed)
     home = _real(checkpoint.folder or checkpoint.path)
-    holds = any(_real(shard.path).is_relative_to(out) or shard.path.is_relative_to(out) for shard in checkpoint.shards)
-    if holds or home.is_relative_to(out) or (checkpoint.folder is not None and out.is_relative_to(home)):
-        relation = "is" if out in (home, *(_real(s.path) for s in checkpoint.shards)) else "overlaps"
+    paths = [shard.path for shard in checkpoint.shards]
+    held = [home, *(_real(path) for path in paths), *(_real(path.parent) / path.name for path in paths)]  # links and targets
+    if any(path.is_relative_to(out) for path in held) or (checkpoint.folder is not None and out.is_relative_to(home)):
+        relation = "is" if out in held else "overlaps"
         raise OutputOverlapError(
             f"{show(target.typed)}: the output {relation} the input {show(checkpoint.path)}; inputs are never changed",
             hint="Name an output elsewhere",
         )
 
 
-def _real(path: Path) -> Path:
-    """The path with every link resolved, however much of it exists."""
+def _real(path: Path, typed: object = None) -> Path:
+    """The path with every link resolved, however much of it exists. Messages call it `typed`."""
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:
-        raise OutputError(f"{show(path)}: cannot be resolved ({error})") from error
+        raise OutputError(f"{show(typed or path)}: cannot be resolved, a link leads to itself") from error

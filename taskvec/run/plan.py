@@ -5,6 +5,7 @@ its jobs. Pure and deterministic; every refusal that names and headers can tell 
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,11 @@ from ..checkpoint.header import DTYPE_BITS, StoredTensor, encode_header
 from ..delta.source import FLOATS, LowRankDelta, Resolved, ScaledDelta
 from ..delta.vector import TaskVector, formula
 from ..errors import NameMismatchError, UsageError, listing, show
-from .jobs import TILE_BYTES, Job, ShardPlan, Term
+from .jobs import METADATA_KEY, TILE_BYTES, Job, ShardPlan, Term, unit_bytes
 
 OUT_DTYPES = {"same": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+_SCRATCH = 4  # arrays of a tile's elements that the numpy kernel holds in the arithmetic's dtype
+_PASSING = 28  # bytes per element of masks and of what a repair needs for a moment (tests/run/test_stream.py measures it)
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 _STEMS = ("model", "diffusion_pytorch_model")  # what loaders look for; any other name would not be found
 
@@ -75,14 +78,9 @@ class Plan:
     def formula(self) -> str:
         return f"edited = {self.base.label} {formula(self.vector)}"
 
-    def buffer_bytes(self, workers: int) -> int:
-        """An upper bound of the memory the run's own buffers take, in bytes: tiles and the factors of one tensor each."""
-        streams = max((len(job.elementwise) for job in self.jobs), default=1)
-        widest = max((DTYPE_BITS[t.dtype] // 8 for job in self.jobs for t in job.elementwise), default=1)
-        narrowest = min((max(1, DTYPE_BITS[job.dtype] // 8) for job in self.jobs), default=1)
-        elements = TILE_BYTES // narrowest
-        factors = max((sum(t.elements * 4 + t.nbytes for t in job.factors) for job in self.jobs), default=0)
-        return workers * (elements * (streams * widest + 6 * 4) + factors)
+    def buffer_bytes(self, batch: int = TILE_BYTES) -> int:
+        """An upper bound of the memory one worker's buffers take, in bytes: a batch, and the factors of one tensor."""
+        return max((_buffer_bytes(job, batch) for job in self.jobs), default=0)
 
     def summary(self) -> dict[str, Any]:
         """The plan as plain data, JSON-ready."""
@@ -94,6 +92,7 @@ class Plan:
             "elements_edited": sum(job.base.elements for job in edited),
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
+            "buffer_bytes_per_worker": self.buffer_bytes(),
             "shards": [
                 {"name": s.name, "bytes": s.size, "tensors": len(s.jobs), "edited": sum(bool(j.terms) for j in s.jobs)}
                 for s in self.shards
@@ -105,13 +104,34 @@ class Plan:
     def __str__(self) -> str:
         s = self.summary()
         lines = [
-            s["formula"],
-            f"edit {s['tensors_edited']} tensors ({s['elements_edited']} elements), copy {s['tensors_copied']}",
-            f"read {s['bytes_to_read']} bytes, write {s['bytes_to_write']} bytes in {len(self.shards)} files",
-            *(f"  {f['name']}: {f['bytes']} bytes, {f['tensors']} tensors, {f['edited']} edited" for f in s["shards"]),
-            *(f"note: {note}" for note in self.notes),
+            show(s["formula"], 2000),
+            f"edit {s['tensors_edited']} tensors ({s['elements_edited']:,} elements), copy {s['tensors_copied']}",
+            f"read {human_bytes(s['bytes_to_read'])}, write {human_bytes(s['bytes_to_write'])}, "
+            f"buffers of at most {human_bytes(s['buffer_bytes_per_worker'])} per worker",
+            *(f"  {f['name']}  {human_bytes(f['bytes'])}, {f['tensors']} tensors, {f['edited']} edited" for f in s["shards"]),
         ]
-        return "\n".join(lines)
+        if s["side_files"]:
+            lines.append(f"copy along {', '.join(show(name) for name in s['side_files'])}")
+        return "\n".join(lines + [f"note: {note}" for note in s["notes"]])
+
+
+def human_bytes(size: float) -> str:
+    """Decimal units, as disks and the Hub count."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def _buffer_bytes(job: Job, batch: int) -> int:
+    units = min(batch, job.nbytes) // unit_bytes(job.dtype)
+    widths = sum(unit_bytes(stored.dtype) for stored in job.elementwise)
+    if job.copied:
+        return units * (widths + 1)
+    width = 8 if job.base.dtype == "F64" else 4
+    factors = sum(stored.nbytes + 8 * stored.elements for stored in job.factors)
+    return units * (widths + 2 * unit_bytes(job.dtype) + _SCRATCH * width + _PASSING + 4 * len(job.terms)) + factors
 
 
 def make_plan(base: Checkpoint, vector: TaskVector, options: Options, *, single_file: bool = False) -> Plan:
@@ -126,7 +146,10 @@ def make_plan(base: Checkpoint, vector: TaskVector, options: Options, *, single_
     terms = _collect_terms(resolved)
     if not terms and any(coefficient != 0 for coefficient, _ in vector.terms):
         raise NameMismatchError(f"{show(base.path)}: no tensor is edited: the vector has no float tensor of its names")
-    compared = {name: tensor for _, found in resolved for name, tensor in found.compared.items()}
+    compared: dict[str, tuple[StoredTensor, ...]] = {}
+    for _, found in resolved:
+        for name, tensor in found.compared.items():
+            compared[name] = (*compared.get(name, ()), tensor)
     side, notes = ([], []) if single_file else side_files(base, out_dtype)
     shards = _layout(base, terms, compared, options, out_dtype, single_file)
     opened = [base, *(checkpoint for _, source in vector.terms for checkpoint in source.inputs)]
@@ -190,7 +213,7 @@ def _collect_terms(resolved: Iterable[tuple[float, Resolved]]) -> dict[str, tupl
 def _layout(
     base: Checkpoint,
     terms: dict[str, tuple[Term, ...]],
-    compared: dict[str, StoredTensor],
+    compared: dict[str, tuple[StoredTensor, ...]],
     options: Options,
     out_dtype: str | None,
     single_file: bool,
@@ -203,12 +226,12 @@ def _layout(
         sizes = [tensor.elements * DTYPE_BITS[dtype] // 8 for tensor, dtype in zip(tensors, dtypes)]
         header = encode_header(
             [(t.name, dtype, t.shape, size) for t, dtype, size in zip(tensors, dtypes, sizes)],
-            {"format": "pt", **metadata},
+            {"format": "pt", **{key: value for key, value in metadata.items() if key != METADATA_KEY}},
         )
         jobs, at = [], len(header)
         for tensor, dtype, size in zip(tensors, dtypes, sizes):
             own = terms.get(tensor.name, ())
-            jobs.append(Job(tensor.name, dtype, tensor.shape, at, size, tensor, own, compared.get(tensor.name)))
+            jobs.append(Job(tensor.name, dtype, tensor.shape, at, size, tensor, own, compared.get(tensor.name, ())))
             at += size
         shards.append(ShardPlan(name, header, tuple(jobs), at))
     return tuple(shards)
@@ -244,17 +267,22 @@ def _split(sizes: dict[str, int], limit: int | str) -> list[list[str]]:
     """Names grouped in order so that each group is at most `limit` bytes, or one tensor."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    size = int(limit) if isinstance(limit, str) and limit.strip().isdigit() else limit
-    try:
-        if isinstance(size, int) and size <= 0:
-            raise ValueError
-        split = split_state_dict_into_shards_factory(
-            sizes, get_storage_size=lambda nbytes: nbytes, filename_pattern="{suffix}", max_shard_size=size
-        )
-    except ValueError as error:
-        expected = "expected a positive number of bytes or text like 5GB or 500MB"
-        raise UsageError(f"max_shard_size {show(limit)}, {expected}") from error
+    split = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda nbytes: nbytes,
+        filename_pattern="{suffix}",
+        max_shard_size=parse_bytes("max_shard_size", limit),
+    )
     return list(split.filename_to_tensors.values())
+
+
+def parse_bytes(option: str, size: int | str) -> int:
+    """A number of bytes from a number or text like 5GB (decimal, as on the Hub). Raises UsageError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b?)\s*", str(size).lower())
+    number = round(float(found[1]) * 1000 ** " kmgt".index(found[2].rstrip("b") or " ")) if found else 0
+    if number <= 0:
+        raise UsageError(f"{option} {show(size)}, expected a positive number of bytes or text like 5GB or 500MB")
+    return number
 
 
 def _shard_names(base: Checkpoint, count: int) -> list[str]:

@@ -19,13 +19,12 @@ from ..delta.adapters.lora import LoraAdapter
 from ..delta.dense import FineTune
 from ..delta.source import DeltaSource
 from ..errors import show
-from .jobs import CHECKSUM_PLACE
+from .jobs import CHECKSUM_PLACE, METADATA_KEY
 from .kernel import Counts
 from .plan import Plan
 from .stream import RunResult
 
 FORMAT = 1  # of the record
-METADATA_KEY = "taskvec"
 CHECKSUM_KIND = "xxh3-128 over the xxh3-128 of 1 MiB tiles"
 
 
@@ -111,7 +110,7 @@ def card(plan: Plan, result: RunResult) -> bytes:
         "",
         f"# {show(plan.base.label)}, edited",
         "",
-        f"Made by [taskvec](https://pypi.org/project/taskvec/) {__version__} without training:",
+        f"Made by taskvec {__version__}, without training:",
         "",
         f"    {show(plan.formula, 2000)}",
         "",

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import xxhash
@@ -19,19 +19,23 @@ import xxhash
 from ..checkpoint import files
 from ..checkpoint.header import StoredTensor
 from .floats import Raw
-from .jobs import CHECKSUM_PLACE, Job, ShardPlan, Tile, tiles, unit_bytes
+from .jobs import CHECKSUM_PLACE, TILE_BYTES, Job, ShardPlan, Tile, batches, merged, unit_bytes
 from .kernel import Counts, NumpyKernel, ReadWhole
 from .plan import Plan
 
 _READ_AHEAD = 8 << 20  # bytes; one block ahead hides the latency of a cold disk, more was no faster
+_COPIED = 8 << 20  # bytes of an untouched tensor that the kernel moves at once
 _HASHED = 1 << 20  # bytes per read when a finished file is hashed with SHA-256
 _POLL = 0.1  # seconds between two looks of the main thread; Ctrl-C is seen this soon
 
 
 class Kernel(Protocol):
-    """The arithmetic of one worker. `edit` gives the output bytes of one tile, valid until the next call."""
+    """The arithmetic of one worker. `edit` gives the output bytes of one tile (or of several that lie together), valid
+    until the next call; `host_buffer` is memory that the kernel likes to be fed from."""
 
     def edit(self, job: Job, tile: Tile, raw: dict[StoredTensor, Raw]) -> tuple[Raw, Counts]: ...
+
+    def host_buffer(self, nbytes: int) -> Raw: ...
 
 
 class ShardResult(NamedTuple):
@@ -56,10 +60,12 @@ class RunResult:
 class Settings:
     """How a run goes; none of it changes a byte of the output.
 
-    `progress` is called in the calling thread with the bytes written so far; `shard_done` with each finished file.
+    `batch`: bytes of output that a worker carries at once, if the tensor is that large. `progress` is called in the calling
+    thread with the bytes written so far; `shard_done` with each finished file.
     """
 
     workers: int = 1
+    batch: int = TILE_BYTES
     fsync: bool = True
     sha256: bool = False
     make_kernel: Callable[[ReadWhole], Kernel] = NumpyKernel
@@ -76,19 +82,25 @@ def execute(plan: Plan, folder: Path, settings: Settings) -> RunResult:
 
 
 class Step(NamedTuple):
-    """One tile on its way: `number` is its place among the tiles of its shard."""
+    """A batch of tiles on its way; `number` is the place of the first among the tiles of its shard."""
 
     shard: _ShardRun
     number: int
     job: Job
-    tile: Tile
+    tiles: tuple[Tile, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of output."""
+        return sum(tile.units for tile in self.tiles) * unit_bytes(self.job.dtype)
 
 
 class _ShardRun:
     """An output file in the making. `take` and `put` are called under the run's lock."""
 
-    def __init__(self, plan: ShardPlan, folder: Path) -> None:
+    def __init__(self, plan: ShardPlan, folder: Path, batch: int) -> None:
         self.plan = plan
+        self._batch = batch
         self.path = folder / plan.name
         self.fd: int | None = None
         self.remaining = plan.size - len(plan.header)
@@ -101,9 +113,9 @@ class _ShardRun:
     def _all_steps(self) -> Iterator[Step]:
         number = 0
         for job in self.plan.jobs:
-            for tile in tiles(job.dtype, job.shape, job.nbytes):
-                yield Step(self, number, job, tile)
-                number += 1
+            for batch in batches(job, _COPIED if moved_by_kernel(job) else self._batch):
+                yield Step(self, number, job, batch)
+                number += len(batch)
 
     def take(self) -> Step | None:
         """The next tile, or None. Opens the file with the first."""
@@ -114,12 +126,13 @@ class _ShardRun:
         if step is None:
             self._exhausted = True
         else:
-            self._taken += 1
-            self.remaining -= step.tile.units * unit_bytes(step.job.dtype)
+            self._taken += len(step.tiles)
+            self.remaining -= step.nbytes
         return step
 
-    def put(self, number: int, digest: bytes) -> None:
-        self._digests[number] = digest
+    def put(self, number: int, digests: list[bytes]) -> None:
+        for place, digest in enumerate(digests, number):
+            self._digests[place] = digest
 
     @property
     def complete(self) -> bool:
@@ -132,7 +145,7 @@ class _ShardRun:
 class _Run:
     def __init__(self, plan: Plan, folder: Path, settings: Settings) -> None:
         self._settings = settings
-        self._shards = [_ShardRun(shard, folder) for shard in plan.shards]
+        self._shards = [_ShardRun(shard, folder, settings.batch) for shard in plan.shards]
         self._open = list(self._shards)
         self._inputs = files.InputFiles(plan.identities)
         self._lock = threading.Lock()
@@ -179,8 +192,8 @@ class _Run:
                 step, shard = self._next(shard)
                 if step is None:
                     return
-                digest, counts = worker.carry(step)
-                self._settle(step, digest, counts)
+                digests, counts = worker.carry(step)
+                self._settle(step, digests, counts)
         except BaseException as failure:  # carried to the calling thread, which raises it
             with self._lock:
                 self._failure = self._failure or failure
@@ -206,10 +219,10 @@ class _Run:
                 self._finish(finished)
             current = None
 
-    def _settle(self, step: Step, digest: bytes, counts: Counts) -> None:
+    def _settle(self, step: Step, digests: list[bytes], counts: Counts) -> None:
         with self._lock:
-            step.shard.put(step.number, digest)
-            self._written += step.tile.units * unit_bytes(step.job.dtype)
+            step.shard.put(step.number, digests)
+            self._written += step.nbytes
             if not step.job.copied or counts.differs:
                 self._counts.setdefault(step.job.name, Counts()).add(counts)
             finished = step.shard.complete
@@ -241,45 +254,70 @@ class _Run:
 
 
 class Worker:
-    """The buffers of one thread, and the three stages of a tile."""
+    """The buffers of one thread, and the three stages of a batch of tiles: read, compute, write."""
 
     def __init__(self, inputs: files.InputFiles, make_kernel: Callable[[ReadWhole], Kernel]) -> None:
         self._inputs = inputs
         self._kernel = make_kernel(self._read_whole)
-        self._buffers: list[Any] = []
+        self._buffers: list[Raw] = []
         self._advised: dict[Path, int] = {}
 
-    def carry(self, step: Step) -> tuple[bytes, Counts]:
-        """Read, compute and write one tile; its digest and what happened in it."""
-        raw = self.read(step)
-        out, counts = self.compute(step, raw)
+    def carry(self, step: Step) -> tuple[list[bytes], Counts]:
+        """All stages; the digest of every tile, and what happened in them."""
+        if moved_by_kernel(step.job):
+            return self.copy(step), Counts()
+        out, counts = self.compute(step, self.read(step))
         self.write(step, out)
-        return xxhash.xxh3_128_digest(out.data), counts
+        return self._digests(step, out), counts
 
     def read(self, step: Step) -> dict[StoredTensor, Raw]:
-        found = {}
+        """The bytes of every tensor that is read tile by tile."""
+        span, found = merged(step.tiles), {}
         for place, stored in enumerate(step.job.elementwise):
-            start, nbytes = step.tile.start * unit_bytes(stored.dtype), step.tile.units * unit_bytes(stored.dtype)
-            buffer = self._buffer(place, nbytes)
-            with self._inputs.reading(stored.path) as fd:
-                self._advise(fd, stored, stored.offset + start)
-                files.read_exact(fd, buffer.data, stored.offset + start, path=stored.path, tensor=stored.name)
-            found[stored] = buffer
+            unit = unit_bytes(stored.dtype)
+            found[stored] = self._fill(place, stored, span.start * unit, span.units * unit)
         return found
 
     def compute(self, step: Step, raw: dict[StoredTensor, Raw]) -> tuple[Raw, Counts]:
+        """The output bytes, valid until the next call."""
         job = step.job
         if not job.copied:
-            return self._kernel.edit(job, step.tile, raw)
+            return self._kernel.edit(job, merged(step.tiles), raw)
         counts = Counts()
-        if job.compared is not None:
-            counts.differs = int(np.count_nonzero(raw[job.base] != raw[job.compared]))
+        if job.compared:
+            counts.differs = max(int(np.count_nonzero(raw[job.base] != raw[tuned])) for tuned in job.compared)
         return raw[job.base], counts
 
     def write(self, step: Step, out: Raw) -> None:
+        """To their final place in the output file."""
         assert step.shard.fd is not None
-        offset = step.job.offset + step.tile.start * unit_bytes(step.job.dtype)
+        offset = step.job.offset + step.tiles[0].start * unit_bytes(step.job.dtype)
         files.write_all(step.shard.fd, out.data, offset, path=step.shard.path)
+
+    def copy(self, step: Step) -> list[bytes]:
+        """An untouched run: read for its checksum only, the bytes themselves are moved by the kernel."""
+        assert step.shard.fd is not None
+        stored, unit, digests = step.job.base, unit_bytes(step.job.dtype), []
+        for tile in step.tiles:
+            digests.append(_digest(self._fill(0, stored, tile.start * unit, tile.units * unit)))
+        start = step.tiles[0].start * unit
+        with self._inputs.reading(stored.path) as fd:
+            files.copy_range(
+                fd, step.shard.fd, stored.offset + start, step.job.offset + start, step.nbytes,
+                origin=stored.path, path=step.shard.path, tensor=stored.name,
+            )  # fmt: skip
+        return digests
+
+    def _digests(self, step: Step, out: Raw) -> list[bytes]:
+        start, unit = step.tiles[0].start, unit_bytes(step.job.dtype)
+        return [_digest(out[(t.start - start) * unit : (t.start - start + t.units) * unit]) for t in step.tiles]
+
+    def _fill(self, place: int, stored: StoredTensor, start: int, nbytes: int) -> Raw:
+        buffer = self._buffer(place, nbytes)
+        with self._inputs.reading(stored.path) as fd:
+            self._advise(fd, stored, stored.offset + start)
+            files.read_exact(fd, buffer.data, stored.offset + start, path=stored.path, tensor=stored.name)
+        return buffer
 
     def _advise(self, fd: int, stored: StoredTensor, position: int) -> None:
         """Ask for the next block of this file before it is needed, once per block."""
@@ -295,11 +333,20 @@ class Worker:
 
     def _buffer(self, place: int, nbytes: int) -> Raw:
         while len(self._buffers) <= place:
-            self._buffers.append(np.empty(0, np.uint8))
+            self._buffers.append(self._kernel.host_buffer(0))
         if len(self._buffers[place]) < nbytes:
-            self._buffers[place] = np.empty(nbytes, np.uint8)
+            self._buffers[place] = self._kernel.host_buffer(nbytes)
         held: Raw = self._buffers[place][:nbytes]
         return held
+
+
+def moved_by_kernel(job: Job) -> bool:
+    """Whether no one needs to look at the tensor's bytes but for their checksum."""
+    return job.copied and not job.compared
+
+
+def _digest(data: Raw) -> bytes:
+    return xxhash.xxh3_128_digest(data.data)
 
 
 def _sha256(fd: int, size: int, path: Path) -> str:

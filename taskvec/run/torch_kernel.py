@@ -4,7 +4,9 @@ fine-tunes give the same bits; low-rank products may differ in the last float32 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,61 +25,92 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class TorchKernel:
-    """One worker's kernel on `device`. Not thread-safe; make one per thread."""
+    """One worker's kernel on `device`, on a stream of its own: while one worker computes, others copy in and out. Not
+    thread-safe; make one per thread."""
 
     def __init__(self, read_whole: ReadWhole, device: str) -> None:
         self._read_whole = read_whole
         self._device = torch.device(device)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._fused = _fused() if self._device.type == "cuda" else None
         self._factors: tuple[Job, list[Any]] | None = None
+        self._out = self._host(0)
         torch.backends.cuda.matmul.allow_tf32 = False  # products are float32, not TF32
+
+    def host_buffer(self, nbytes: int) -> Raw:
+        """Pinned memory, which copies to and from the GPU without a stop."""
+        held: Raw = self._host(nbytes).numpy()
+        return held
 
     @torch.inference_mode()
     def edit(self, job: Job, tile: Tile, raw: Mapping[StoredTensor, Raw]) -> tuple[Raw, Counts]:
         """As NumpyKernel.edit."""
-        stored = {t: torch.from_numpy(raw[t]).to(self._device).view(_DTYPES[t.dtype]) for t in job.elementwise}
-        compute = torch.float64 if job.base.dtype == "F64" else torch.float32
-        base = stored[job.base].to(compute)  # [count]
-        values, untouched = base.clone(), None
-        for position, (alpha, delta) in enumerate(job.terms):
-            if isinstance(delta, DenseDelta):
-                tuned, origin = stored[delta.tuned].to(compute), stored[delta.origin].to(compute)
-                same = _bits(tuned) == _bits(origin)
-                change = torch.empty_like(values)
-                alpha = difference(torch, tuned, origin, alpha, change)
-            elif isinstance(delta, LowRankDelta):
-                change, alpha = self._product(job, position, tile).reshape(-1).to(compute), 1.0
-                same = change == 0
+        with torch.cuda.stream(self._stream):
+            stored = {tensor: self._upload(raw[tensor], tensor.dtype) for tensor in job.elementwise}
+            if self._fused is not None and _fits(job):
+                words, tallies = self._edit_fused(job, stored)
             else:
-                change = stored[delta.value].to(compute)
-                same = change == 0
-                change, alpha = change * _rounded(alpha * delta.scale, compute) + 0, 1.0
-            subtract_scaled(torch, values, change, _rounded(alpha, compute))
+                words, tallies = self._edit_stepwise(job, tile, stored)
+            data = words.view(torch.uint8)
+            if len(self._out) < len(data):
+                self._out = self._host(len(data))
+            out = self._out[: len(data)].copy_(data, non_blocking=True)
+            numbers = tallies.to("cpu", non_blocking=True)
+            if self._stream is not None:
+                self._stream.synchronize()
+        intended, changed, overflow, nonfinite = (int(number) for number in numbers.tolist())
+        held: Raw = out.numpy()
+        return held, Counts(intended, changed, overflow, nonfinite)
+
+    def _host(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+
+    def _upload(self, raw: Raw, dtype: str) -> torch.Tensor:
+        return torch.from_numpy(raw).to(self._device, non_blocking=True).view(_DTYPES[dtype])
+
+    def _edit_fused(self, job: Job, stored: dict[StoredTensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output words and tallies of one dense term against base, in one pass over the GPU's memory."""
+        alpha, delta = job.terms[0]
+        assert self._fused is not None and isinstance(delta, DenseDelta)
+        base, tallies = stored[job.base], self._fused.counts_on(self._device)
+        self._fused.edit(base, stored[delta.tuned], single(alpha), base, tallies)
+        return _bits(base), tallies
+
+    def _edit_stepwise(
+        self, job: Job, tile: Tile, stored: dict[StoredTensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output words and tallies of any job, operation by operation."""
+        compute = torch.float64 if job.base.dtype == "F64" else torch.float32
+        base = stored[job.base].to(compute)  # [units]
+        values, untouched = base.clone(), None
+        for position in range(len(job.terms)):
+            change, same, alpha = self._delta(job, position, tile, stored, compute)
+            subtract_scaled(torch, values, change, alpha)
             untouched = same if untouched is None else untouched & same
         if untouched is None:
             untouched = torch.zeros_like(base, dtype=torch.bool)
-        return self._finish(job, stored, base, values, untouched)
+        return _rounded_output(job, stored, base, values, untouched)
 
-    def _finish(
-        self,
-        job: Job,
-        stored: dict[StoredTensor, torch.Tensor],
-        base: torch.Tensor,
-        values: torch.Tensor,
-        same: torch.Tensor,
-    ) -> tuple[Raw, Counts]:
-        reference = _bits(_round(base, job.dtype) if job.dtype != job.base.dtype else stored[job.base])
-        rounded = _round(values, job.dtype)
-        finite = torch.ones_like(same)
-        for tensor in stored.values():
-            finite &= torch.isfinite(tensor.to(torch.float64))
-        keep = same | (torch.isnan(values) & torch.isnan(base)) if job.terms else same
-        out = torch.where(keep, reference, _bits(rounded))
-        ends = ~torch.isfinite(out.view(_DTYPES[job.dtype]).to(torch.float64))
-        tallies = torch.stack([(~same).sum() if job.terms else same.sum() * 0, (out != reference).sum(),
-                               (ends & finite).sum(), ends.sum()])  # fmt: skip
-        intended, changed, overflow, nonfinite = (int(n) for n in tallies.tolist())
-        data: Raw = out.view(torch.uint8).cpu().numpy()
-        return data, Counts(intended, changed, overflow, nonfinite)
+    def _delta(
+        self, job: Job, position: int, tile: Tile, stored: dict[StoredTensor, torch.Tensor], compute: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Δ of one term, where it is nothing, and the factor that is still to be multiplied in."""
+        alpha, delta = job.terms[position]
+        if isinstance(delta, LowRankDelta):
+            change = self._product(job, position, tile).reshape(-1).to(compute)
+            return change, change == 0, 1.0
+        if not isinstance(delta, DenseDelta):
+            change = stored[delta.value].to(compute) * _rounded(alpha * delta.scale, compute) + 0  # no −0, as in numpy
+            return change, change == 0, 1.0
+        tuned, origin = stored[delta.tuned].to(compute), stored[delta.origin].to(compute)
+        if delta.tuned.dtype == delta.origin.dtype:
+            same = _bits(stored[delta.tuned]) == _bits(stored[delta.origin])
+        else:
+            same = (_bits(tuned) == _bits(origin)) | (torch.isnan(tuned) & torch.isnan(origin))
+        change = torch.empty_like(tuned)
+        alpha = difference(torch, tuned, origin, alpha, change)
+        change.masked_fill_(same, 0)  # also where both are inf or NaN
+        return change, same, _rounded(alpha, compute)
 
     def _product(self, job: Job, position: int, tile: Tile) -> torch.Tensor:
         """α·s·(left @ right), or its transpose, of one tile: [rows, columns] in float32."""
@@ -98,6 +131,38 @@ class TorchKernel:
     def _whole(self, tensor: StoredTensor) -> torch.Tensor:
         raw = torch.from_numpy(self._read_whole(tensor)).to(self._device)
         return raw.view(_DTYPES[tensor.dtype]).to(torch.float32).reshape(tensor.shape)
+
+
+def _fused() -> ModuleType | None:
+    """The Triton kernel, where Triton came with torch."""
+    try:
+        return importlib.import_module(".fused", __package__)
+    except ImportError:
+        return None
+
+
+def _fits(job: Job) -> bool:
+    """Whether the job is the common one: one fine-tune of base itself, in dtypes the fused kernel knows."""
+    if len(job.terms) != 1 or job.dtype != job.base.dtype:
+        return False
+    delta = job.terms[0].delta
+    known = ("F32", "F16", "BF16")
+    return isinstance(delta, DenseDelta) and delta.origin == job.base and {delta.tuned.dtype, job.dtype} <= set(known)
+
+
+def _rounded_output(
+    job: Job, stored: dict[StoredTensor, torch.Tensor], base: torch.Tensor, values: torch.Tensor, same: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output words, and [4]: intended, changed, overflowed, not finite. `same`: where no term changes anything."""
+    reference = _bits(_round(base, job.dtype) if job.dtype != job.base.dtype else stored[job.base])
+    finite = torch.ones_like(same)
+    for tensor in stored.values():
+        finite &= torch.isfinite(tensor.to(torch.float64))
+    keep = same | (torch.isnan(values) & torch.isnan(base)) if job.terms else same
+    out = torch.where(keep, reference, _bits(_round(values, job.dtype)))
+    ends = ~torch.isfinite(out.view(_DTYPES[job.dtype]).to(torch.float64))
+    intended = (~same).sum() if job.terms else same.sum() * 0
+    return out, torch.stack([intended, (out != reference).sum(), (ends & finite).sum(), ends.sum()])
 
 
 def _rounded(number: float, compute: torch.dtype) -> float:

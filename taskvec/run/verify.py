@@ -18,6 +18,7 @@ from ..delta.dense import FineTune
 from ..delta.source import FLOATS, DeltaSource
 from ..delta.vector import TaskVector
 from ..errors import CheckpointError, TaskvecError, VerificationError, listing, show
+from .jobs import METADATA_KEY
 from .output import RECORD
 from .plan import Options, Plan, make_plan
 
@@ -43,16 +44,26 @@ def verify(
     `sample` random edited tensors computed again from the inputs, bit for bit.
 
     Inputs are looked for where the record says they lay, beside the output and in the working directory, and must have
-    the recorded sizes and headers; `against` names them if they lie elsewhere. Raises CheckpointError when the output
-    cannot be read or was not made by taskvec.
+    the recorded sizes and headers; `against` names them if they lie elsewhere. A folder with a record whose weights do
+    not even open has that as its problem. Raises CheckpointError when the output was not made by taskvec.
     """
-    checkpoint = Checkpoint.open(output)
+    try:
+        checkpoint = Checkpoint.open(output)
+    except CheckpointError as error:
+        if not os.path.isfile(os.path.join(os.path.expanduser(output), RECORD)):
+            raise
+        return Verification(Path(output), problems=[str(error)])
     content = _record(checkpoint)
     found = Verification(checkpoint.path)
-    _check_files(checkpoint, content, found)
-    _check_data(checkpoint, content, found)
-    if found.ok:
-        _recompute(checkpoint, content, against, sample, found)
+    try:
+        _check_files(checkpoint, content, found)
+        _check_data(checkpoint, content, found)
+        if found.ok:
+            _recompute(checkpoint, content, against, sample, found)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, TaskvecError):
+            raise
+        raise CheckpointError(f"{show(checkpoint.path)}: its record is damaged ({show(repr(error))})") from error
     return found
 
 
@@ -70,8 +81,6 @@ def _record(checkpoint: Checkpoint) -> dict[str, Any]:
         if not path.exists():
             raise CheckpointError(f"{show(checkpoint.path)}: no {RECORD}: not an output of taskvec")
         return read_json(path)
-    from .record import METADATA_KEY
-
     (shard,) = checkpoint.shards
     try:
         content = json.loads(shard.metadata[METADATA_KEY])
@@ -181,7 +190,7 @@ def _differing(plan: Plan, checkpoint: Checkpoint, names: set[str]) -> dict[str,
         for job in (job for job in plan.jobs if job.name in names):
             stored = checkpoint.tensors[job.name]
             for tile in tiles(job.dtype, job.shape, job.nbytes):
-                step = Step(None, 0, job, tile)  # type: ignore[arg-type]  # no output: only read and compute
+                step = Step(None, 0, job, (tile,))  # type: ignore[arg-type]  # no output: only read and compute
                 out, _ = worker.compute(step, worker.read(step))
                 written = np.empty(len(out), np.uint8)
                 files.read(stored.path, written.data, stored.offset + tile.start * unit_bytes(job.dtype), job.name)

@@ -11,6 +11,9 @@ from typing import Any
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from ...errors import AdapterError, CheckpointError, show
+from .patterns import pattern_matches
+
+_LONGEST_PATTERN = 1000  # characters; a module name has about 50
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class AdapterFolder:
 
     @property
     def label(self) -> str:
-        return self.path.resolve().name
+        return self.weights.label
 
     @property
     def quantized_base(self) -> str | None:
@@ -69,8 +72,8 @@ class AdapterFolder:
             raise self.refuse(f"{show(key)} is {show(value)}, expected a number")
         return float(value)
 
-    def pattern_value(self, key: str, module: str, default: object) -> float:
-        """The entry of `rank_pattern` or `alpha_pattern` for a module, by PEFT's rule, else `default`.
+    def pattern_value(self, key: str, module: str, field: str, default: object) -> float:
+        """The entry of `rank_pattern` or `alpha_pattern` for a module, by PEFT's rule, else config field `field`.
 
         PEFT 0.21 (utils/other.py, get_pattern_key): the first key, in the order of the file, for which
         `(.*\\.)?(key)$` matches the module name.
@@ -79,15 +82,16 @@ class AdapterFolder:
         if not isinstance(patterns, dict):
             raise self.refuse(f"{key} is {type(patterns).__name__}, expected an object")
         for pattern, value in patterns.items():
-            if self._compiled(key, pattern).match(module):
+            if self._matches(key, pattern, module):
                 return self.number(f"{key}[{pattern}]", value)
-        return self.number(key, default)
+        return self.number(field, self.config.get(field, default))
 
-    def _compiled(self, key: str, pattern: str) -> re.Pattern[str]:
-        # a pattern is a regular expression from a file: one that could backtrack for ever is refused
-        if len(pattern) > 1000 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+}]", pattern)) > 4:
-            raise self.refuse(f"{key}: pattern {show(pattern)} is too complex", hint="Write out the module names")
+    def _matches(self, key: str, pattern: str, module: str) -> bool:
         try:
-            return re.compile(rf"(.*\.)?({pattern})$")
-        except re.error as error:
-            raise self.refuse(f"{key}: pattern {show(pattern)} is not a regular expression ({error})") from error
+            if len(pattern) > _LONGEST_PATTERN:
+                raise ValueError(f"{len(pattern)} characters, expected at most {_LONGEST_PATTERN}")
+            return pattern_matches(pattern, module)
+        except (ValueError, re.error) as error:
+            raise self.refuse(
+                f"{key}: pattern {show(pattern)} is not understood ({show(error)})", hint="Write out the module names"
+            ) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -45,9 +45,14 @@ _UNSUPPORTED_TENSORS = {
     ".token_adapter.trainable_tokens_delta": "trainable tokens", ".trainable_tokens_delta": "trainable tokens",
 }  # fmt: skip
 _MERGE_FIRST = "Merge it with PEFT (merge_and_unload, save_pretrained) and subtract the merged model"
-_CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")  # transformers.pytorch_utils.Conv1D in the GPT-2 family
+# transformers.pytorch_utils.Conv1D in the GPT-2 family
+_CONV1D_WEIGHTS = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight", ".q_attn.weight")
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "lm_head.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight", "lm_head.weight",
+)  # fmt: skip
+_HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight")
+_WITH_HEAD = ("CausalLM", "LMHead", "MaskedLM", "PreTraining", "ConditionalGeneration")  # in names of model classes
 
 
 class Pair(NamedTuple):
@@ -103,13 +108,13 @@ class LoraAdapter:
     def scale(self, module: str) -> float:
         """s of one module: alpha / r or alpha / sqrt(r). r is that of the tensors, checked against the config."""
         config, stored = self.folder.config, self.pairs[module].a.shape[0]
-        rank = self.folder.pattern_value("rank_pattern", module, config.get("r", stored))
+        rank = self.folder.pattern_value("rank_pattern", module, "r", stored)
         if rank != stored:
             raise AdapterError(
                 f"{show(self.folder.weights.path)}: tensor {show(self.pairs[module].a.name)}: found rank {stored}, "
                 f"expected {rank:g} as in the config"
             )
-        alpha = self.folder.pattern_value("alpha_pattern", module, config.get("lora_alpha", 8))
+        alpha = self.folder.pattern_value("alpha_pattern", module, "lora_alpha", 8)
         return alpha / math.sqrt(stored) if config.get("use_rslora") else alpha / stored
 
     def resolve(self, base: Checkpoint, keep: Callable[[str], bool]) -> Resolved:
@@ -119,8 +124,9 @@ class LoraAdapter:
         """
         wanted = [f"{module}.weight" for module in self.pairs] + list(self.values)
         wanted += [f"{module}.bias" for module, pair in self.pairs.items() if pair.bias]
+        _refuse_tied_head(self, wanted, base)
         targets = map_names(wanted, base.tensors, self.folder.path, base.path)
-        _refuse_twice(self, targets)
+        _refuse_twice(self, [targets[name] for name in wanted])
         found = Resolved()
         for module, pair in self.pairs.items():
             target = base.tensors[targets[f"{module}.weight"]]
@@ -223,10 +229,23 @@ def _pair(folder: AdapterFolder, module: str, found: dict[str, StoredTensor]) ->
     return pair
 
 
-def _refuse_twice(adapter: LoraAdapter, targets: Mapping[str, str]) -> None:
-    twice = [target for target, times in Counter(targets.values()).items() if times > 1]
+def _refuse_twice(adapter: LoraAdapter, targets: Iterable[str]) -> None:
+    twice = [target for target, times in Counter(targets).items() if times > 1]
     if twice:
-        raise AdapterError(f"{show(adapter.folder.weights.path)}: changes {listing(twice)} more than once")
+        raise AdapterError(
+            f"{show(adapter.folder.weights.path)}: changes {listing(twice)} in two ways, as LoRA and as a whole",
+            hint=_MERGE_FIRST,
+        )
+
+
+def _refuse_tied_head(adapter: LoraAdapter, wanted: Iterable[str], base: Checkpoint) -> None:
+    heads = [name for name in dict.fromkeys(wanted) if name.endswith(_HEADS)]
+    if heads and _ties_head(base) and not any(name.endswith(_HEADS) for name in base.tensors):
+        raise AdapterError(
+            f"{show(adapter.folder.weights.path)}: changes {listing(heads)}, which {show(base.path)} does not store: its "
+            "head is tied to its embeddings",
+            hint=_MERGE_FIRST,
+        )
 
 
 def _put_delta(
@@ -261,8 +280,8 @@ def _check_value(adapter: LoraAdapter, value: StoredTensor, target: StoredTensor
 
 
 def _ties_head(base: Checkpoint) -> bool:
-    has_head = any("CausalLM" in str(a) or "LMHead" in str(a) for a in base.config.get("architectures") or [])
-    stored = any(name.endswith("lm_head.weight") for name in base.tensors)
+    has_head = any(kind in str(a) for a in base.config.get("architectures") or [] for kind in _WITH_HEAD)
+    stored = any(name.endswith(_HEADS) for name in base.tensors)
     return has_head and (not stored or bool(base.config.get("tie_word_embeddings")))
 
 
@@ -270,13 +289,12 @@ def _is_conv1d(base: Checkpoint, target: StoredTensor, flag: bool) -> bool:
     """Whether a square weight is stored [in, out]. PEFT's fan_in_fan_out flag alone cannot be trusted: one flag is
     saved for layers of both kinds. The base's own tensors of the same leaf name tell, by their biases; then its config.
     """
-    leaf = target.name.split(".")[-2]
-    if leaf not in _CONV1D_LEAVES:
+    if not f".{target.name}".endswith(_CONV1D_WEIGHTS):
         return False
     for name, tensor in base.tensors.items():
         if len(tensor.shape) != 2 or tensor.shape[0] == tensor.shape[1] or not name.endswith(".weight"):
             continue
         bias = base.tensors.get(name.removesuffix("weight") + "bias")
-        if name.split(".")[-2] in _CONV1D_LEAVES and bias is not None:
+        if f".{name}".endswith(_CONV1D_WEIGHTS) and bias is not None:
             return bias.shape == tensor.shape[1:]
     return base.config.get("model_type") in _CONV1D_MODELS or flag

@@ -29,7 +29,7 @@ def map_names(names: Iterable[str], base: Collection[str], adapter: object, path
     Rules: as it is; first component dropped; one of base's first components added. Raises NameMismatchError listing
     what the best rule leaves unmatched.
     """
-    wanted = list(names)
+    wanted = list(dict.fromkeys(names))
     best: dict[str, str] = {}
     for rule in _rules(base):
         mapped = {name: target for name in wanted if (target := rule(name)) in base}

@@ -1,0 +1,254 @@
+"""What plain LoRA does not cover is refused by name, with the file and what to do, before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+import taskvec as tv
+
+from . import peft_oracle as oracle
+from .conftest import Bases
+from .handmade import MODEL, Shapes, lora, write_adapter, write_base
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.PEFT_CHATTER]
+Q = lora("m.q", 6, 4)
+
+
+def refusal(base: Path, adapter: Path, output: Path, **options: Any) -> tv.MismatchError:
+    """The error, after checking what holds for every refusal: exit code 3, one line, no output nor trace of one."""
+    before = sorted(output.parent.iterdir())
+    with pytest.raises(tv.MismatchError) as caught:
+        tv.subtract(base, adapter, alpha=1, output=output, **options)
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+    assert sorted(output.parent.iterdir()) == before
+    return caught.value
+
+
+def says(error: tv.TaskvecError, *parts: str) -> None:
+    assert all(part in str(error) for part in parts), (str(error), parts)
+
+
+# --- adapters as PEFT saves them --------------------------------------------------------------------------------------
+
+LORA_KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": (dict(use_dora=True, target_modules=["q_proj"]), "DoRA"),
+    "embeddings": (dict(target_modules=["embed_tokens"]), "LoRA on embeddings"),
+    "pissa": (dict(target_modules=["q_proj"], init_lora_weights="pissa"), "pissa"),
+    "olora": (dict(target_modules=["q_proj"], init_lora_weights="olora"), "olora"),
+    "trainable tokens": (dict(target_modules=["q_proj"], trainable_token_indices=[1, 2]), "trainable tokens"),
+    "bare parameters": (dict(target_modules=[], target_parameters=["mlp.up_proj.weight"]), "bare parameters"),
+}
+
+
+@pytest.mark.parametrize("kind", LORA_KINDS)
+def test_a_kind_of_lora_that_is_not_plain_is_refused_by_its_name(kind: str, bases: Bases, tmp_path: Path) -> None:
+    fields, name = LORA_KINDS[kind]
+    adapter = oracle.train(oracle.llama(), tmp_path / "adapter", LoraConfig(r=2, **fields))
+    error = refusal(bases("llama"), adapter, tmp_path / "out")
+    assert isinstance(error, tv.AdapterError)
+    says(error, str(adapter), name, "PEFT")
+
+
+FAMILIES: dict[str, tuple[Callable[[], peft.PeftConfig], str]] = {
+    "LOHA": (lambda: peft.LoHaConfig(r=2, target_modules=["q_proj"]), "LORA only"),
+    "LOKR": (lambda: peft.LoKrConfig(r=2, target_modules=["q_proj"]), "LORA only"),
+    "IA3": (lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "LORA only"),
+    "VERA": (lambda: peft.VeraConfig(r=2, target_modules=["q_proj"]), "LORA only"),
+    "PROMPT_TUNING": (lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "no vector"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_family_of_adapters_is_refused_by_its_name(family: str, bases: Bases, tmp_path: Path) -> None:
+    make, reason = FAMILIES[family]
+    adapter = oracle.train(oracle.llama(), tmp_path / "adapter", make())
+    error = refusal(bases("llama"), adapter, tmp_path / "out")
+    says(error, str(adapter / "adapter_config.json"), f"peft_type {family}", reason)
+
+
+TIED: dict[str, tuple[dict[str, Any], str]] = {
+    "LoRA on the head": (dict(target_modules=["q_proj", "lm_head"]), "lm_head.weight"),
+    "a new head": (dict(target_modules=["q_proj"], modules_to_save=["lm_head"]), "lm_head.weight"),
+    "new embeddings": (dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), "embed_tokens.weight"),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_what_would_untie_a_tied_head_is_refused(case: str, tmp_path: Path) -> None:
+    fields, tensor = TIED[case]
+    base = oracle.save_model(oracle.llama(tie_word_embeddings=True), tmp_path / "base")
+    adapter = oracle.train(oracle.llama(tie_word_embeddings=True), tmp_path / "adapter", LoraConfig(r=2, **fields))
+    error = refusal(base, adapter, tmp_path / "out")
+    says(error, str(adapter), tensor, "tie", str(base))
+
+
+def test_new_embeddings_of_a_tied_masked_model_are_refused(tmp_path: Path) -> None:
+    shapes: Shapes = {**MODEL, "bert.embeddings.word_embeddings.weight": (10, 4)}
+    base = write_base(tmp_path / "base", shapes, architectures=["BertForMaskedLM"])
+    adapter = write_adapter(tmp_path / "adapter", {**Q, "bert.embeddings.word_embeddings.weight": (10, 4)})
+    says(refusal(base, adapter, tmp_path / "out"), "word_embeddings", "untied")
+
+
+def test_a_stored_head_that_the_config_ties_may_be_left_out(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {**MODEL, "lm_head.weight": (9, 4)}, tie_word_embeddings=True)
+    adapter = write_adapter(tmp_path / "adapter", {**Q, **lora("lm_head", 9, 4)})
+    says(refusal(base, adapter, tmp_path / "out"), "lm_head", "ties", "--exclude '*lm_head*'")
+    report = tv.subtract(base, adapter, alpha=1, output=tmp_path / "out", exclude=["*lm_head*"], fsync=False)
+    assert list(report.tensors) == ["m.q.weight"]
+
+
+def test_pefts_copy_of_an_adapted_head_is_refused(bases: Bases, tmp_path: Path) -> None:
+    # lm_head.base_layer.weight lies beside its LoRA: which of the two is meant cannot be told from headers
+    adapter = oracle.train(oracle.llama(), tmp_path / "adapter", LoraConfig(r=2, target_modules=["lm_head"]))
+    says(refusal(bases("llama"), adapter, tmp_path / "out"), str(adapter), "lm_head.weight", "in two ways")
+
+
+# --- fields of the config ---------------------------------------------------------------------------------------------
+
+FIELDS: dict[str, tuple[Any, str]] = {
+    "use_dora": (True, "DoRA"),
+    "layer_replication": ([[0, 2], [1, 3]], "layer replication"),
+    "target_parameters": (["mlp.experts.up_proj"], "bare parameters"),
+    "trainable_token_indices": ([1, 2], "trainable tokens"),
+    "alora_invocation_tokens": ([7], "activated LoRA"),
+    "use_qalora": (True, "QALoRA"),
+    "kasa_config": ({"k": 1}, "KaSA"),
+    "use_bdlora": ({"nblocks": 2}, "BD-LoRA"),
+    "loftq_config": ({"loftq_bits": 4}, "LoftQ"),
+    "corda_config": ({"x": 1}, "CorDA"),
+    "megatron_config": ({"x": 1}, "Megatron"),
+    "ensure_weight_tying": (True, "tied"),
+    "a_field_of_next_year": ({"x": 1}, "unknown field a_field_of_next_year"),
+    "init_lora_weights": ("corda", "corda"),
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_config_field_that_changes_the_meaning_is_refused_by_name(field: str, tmp_path: Path) -> None:
+    value, reason = FIELDS[field]
+    adapter = write_adapter(tmp_path / "adapter", Q, **{field: value})
+    error = refusal(write_base(tmp_path / "base"), adapter, tmp_path / "out")
+    assert isinstance(error, tv.AdapterError)
+    says(error, str(adapter / "adapter_config.json"), field, reason)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "new"])
+def test_an_initialisation_that_changes_the_base_is_refused(init: str, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", Q, init_lora_weights=init)
+    says(refusal(write_base(tmp_path / "base"), adapter, tmp_path / "out"), f"init_lora_weights is {init}", "PEFT")
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_an_initialisation_that_leaves_the_base_alone_is_taken(init: object, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", Q, init_lora_weights=init)
+    report = tv.subtract(write_base(tmp_path / "base"), adapter, alpha=1, output=tmp_path / "out", fsync=False)
+    assert list(report.tensors) == ["m.q.weight"]
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+@pytest.mark.parametrize("value", ["two", True, [2], 1e999])
+def test_a_rank_or_alpha_that_is_no_number_is_refused(field: str, value: object, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", Q, **{field: value})
+    says(refusal(write_base(tmp_path / "base"), adapter, tmp_path / "out"), "adapter_config.json", f"{field} is ", "a number")
+
+
+def test_a_rank_other_than_the_tensors_is_refused(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", Q, r=8)
+    says(refusal(write_base(tmp_path / "base"), adapter, tmp_path / "out"), "m.q.lora_A.weight", "rank 2", "expected 8")
+
+
+def test_a_rank_pattern_other_than_the_tensors_is_refused(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", Q, rank_pattern={"q": 3})
+    says(refusal(write_base(tmp_path / "base"), adapter, tmp_path / "out"), "m.q.lora_A.weight", "rank 2", "expected 3")
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+NAN, INF = torch.full((6, 2), torch.nan), torch.full((6, 2), torch.inf)
+TENSORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "A without B": ({"m.q.lora_A.weight": (2, 4)}, ("module m.q", "no lora_B.weight")),
+    "B without A": ({"m.q.lora_B.weight": (6, 2)}, ("module m.q", "no lora_A.weight")),
+    "a bias alone": ({"m.q.lora_B.bias": (6,)}, ("module m.q", "no lora_A.weight")),
+    "ranks differ": ({"m.q.lora_A.weight": (2, 4), "m.q.lora_B.weight": (6, 3)}, ("[2, 4]", "[6, 3]", "ranks differ")),
+    "no tensors": ({}, ("no tensor in the adapter",)),
+    "convolution": ({"m.q.lora_A.weight": (2, 4, 3, 3), "m.q.lora_B.weight": (6, 2, 1, 1)}, ("[2, 4, 3, 3]", "convolutions")),
+    "empty": ({"m.q.lora_A.weight": (0, 4), "m.q.lora_B.weight": (6, 0)}, ("empty", "[0, 4]", "ZeRO-3")),
+    "integers": ({**Q, "m.q.lora_A.weight": torch.ones(2, 4, dtype=torch.int8)}, ("m.q.lora_A.weight", "found I8")),
+    "NaN": ({**Q, "m.q.lora_B.weight": NAN}, ("m.q.lora_B.weight", "NaN or inf")),
+    "inf": ({**Q, "m.q.lora_B.weight": INF}, ("m.q.lora_B.weight", "NaN or inf")),
+    "NaN in a replaced tensor": ({**Q, "m.norm.weight": NAN[:4, 0].clone()}, ("m.norm.weight", "NaN or inf")),
+    "NaN in a LoRA bias": ({**Q, "m.q.lora_B.bias": NAN[:, 0].clone()}, ("m.q.lora_B.bias", "NaN or inf")),
+    "DoRA's magnitudes": ({**Q, "m.q.lora_magnitude_vector": (6,)}, ("lora_magnitude_vector", "DoRA")),
+    "KaSA's diagonal": ({**Q, "m.q.lora_diag": (2,)}, ("lora_diag", "KaSA")),
+    "LoRA on an embedding": ({"m.q.lora_embedding_A": (2, 4), "m.q.lora_embedding_B": (6, 2)}, ("lora_embedding_A",)),
+    "unknown LoRA tensor": ({**Q, "m.q.lora_new.weight": (2,)}, ("m.q.lora_new.weight", "not a tensor of plain LoRA")),
+    "shape": (lora("m.q", 7, 4), ("m.q.lora_A.weight", "[7, 4]", "[6, 4]", "another size")),
+    "shape of a replaced tensor": ({"m.norm.weight": (5,)}, ("m.norm.weight", "[5]", "[4]")),
+    "shape of a LoRA bias": ({**Q, "m.q.lora_B.bias": (4,)}, ("m.q.lora_B.bias", "[4]", "[6]")),
+    "unknown module": ({**Q, **lora("m.new", 6, 4)}, ("1 of 2", "m.new.weight", "Nothing is merged in part")),
+    "another model": (lora("deep.0.q", 6, 4), ("1 of 1", "deep.0.q.weight", "another model")),
+    "a LoRA bias without a bias": ({**lora("m.o", 4, 6), "m.o.lora_B.bias": (4,)}, ("m.o.bias",)),
+    "two adapters": ({**Q, "m.q.lora_A.default.weight": (2, 4)}, ("m.q.lora_A.default.weight", "more than one adapter")),
+    "another adapter's name": ({"m.q.lora_A.mine.weight": (2, 4)}, ("m.q.lora_A.mine.weight", "not a tensor of plain LoRA")),
+    "a whole weight and its LoRA": ({**Q, "m.q.weight": (6, 4)}, ("m.q.weight", "in two ways")),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_make_no_plain_lora_are_refused_with_what_was_found(case: str, tmp_path: Path) -> None:
+    tensors, parts = TENSORS[case]
+    adapter = write_adapter(tmp_path / "adapter", tensors)
+    says(refusal(write_base(tmp_path / "base"), adapter, tmp_path / "out"), str(adapter), *parts)
+
+
+def test_every_unmatched_module_of_a_deeper_model_is_counted_and_the_first_are_named(tmp_path: Path) -> None:
+    deeper = {name: shape for i in range(8) for name, shape in lora(f"m.{i}.q", 6, 4).items()}
+    error = refusal(write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter", {**Q, **deeper}), tmp_path / "out")
+    says(error, "8 of 9", "m.0.q.weight", "m.4.q.weight", "and 3 more")
+
+
+def test_no_rule_for_names_is_mixed_with_another(tmp_path: Path) -> None:
+    # q fits as it is, o only with a prefix: nothing is guessed tensor by tensor
+    adapter = write_adapter(tmp_path / "adapter", {**Q, **lora("o", 4, 6)})
+    says(refusal(write_base(tmp_path / "base"), adapter, tmp_path / "out"), "1 of 2", "o.weight")
+
+
+def test_a_classifier_that_the_base_does_not_have_is_refused(tmp_path: Path) -> None:
+    base = oracle.save_model(oracle.bert().bert, tmp_path / "base")
+    fields = dict(target_modules=["query"], modules_to_save=["classifier"])
+    adapter = oracle.train(oracle.bert(), tmp_path / "adapter", LoraConfig(r=2, **fields))
+    says(refusal(base, adapter, tmp_path / "out"), "classifier.weight", "classifier.bias")
+
+
+def test_an_integer_weight_of_the_base_takes_no_adapter(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    save_file({"m.q.weight": torch.ones(6, 4, dtype=torch.int8)}, base / "model.safetensors")
+    says(refusal(base, write_adapter(tmp_path / "adapter", Q), tmp_path / "out"), "m.q.weight", "found I8")
+
+
+@pytest.mark.parametrize("sign", ["config", "tensors"])
+def test_a_quantised_base_is_refused(sign: str, tmp_path: Path) -> None:
+    quantised: Shapes = {**MODEL, "m.q.weight.absmax": (3,)} if sign == "tensors" else MODEL
+    base = write_base(tmp_path / "base", quantised)
+    if sign == "config":
+        (base / "config.json").write_text(json.dumps({"quantization_config": {"load_in_4bit": True}}))
+    error = refusal(base, write_adapter(tmp_path / "adapter", Q), tmp_path / "out")
+    assert isinstance(error, tv.QuantizedError)
+    says(error, str(base), "unquantised")
+
+
+def test_a_square_weight_with_no_name_of_its_own_is_no_trap(tmp_path: Path) -> None:
+    # a bare nn.Linear, saved alone: its tensor is called "weight"
+    base = write_base(tmp_path / "base", {"weight": (4, 4)})
+    report = tv.subtract(base, write_adapter(tmp_path / "a", lora("x", 4, 4)), alpha=1, output=tmp_path / "out", fsync=False)
+    assert list(report.tensors) == ["weight"]

@@ -1,0 +1,296 @@
+"""`verify` finds what is wrong with an output and names it, and computes a part of it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import taskvec as tv
+from taskvec.run.verify import check
+
+from ..delta.adapters import handmade
+from .checkpoints import write_file, write_model
+
+BASE = {f"h.{i}.w": torch.full((4, 8), float(i)) for i in range(4)} | {"ids": torch.arange(4), "norm": torch.ones(8)}
+TUNED = {f"h.{i}.w": torch.full((4, 8), i + 0.5) for i in range(4)} | {"ids": torch.arange(4), "norm": torch.ones(8)}
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`out` = base − 0.5·(old − base), two shards, with a tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "base", BASE, shards=2)
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    write_model(tmp_path / "old", TUNED)
+    run("out")
+    return tmp_path
+
+
+def run(output: str, **options: Any) -> tv.Report:
+    return tv.subtract("base", "old", alpha=0.5, output=output, fsync=False, **options)
+
+
+def flip(path: Path, position: int) -> None:
+    """Flip one bit of one byte, counted from the end if negative."""
+    raw = bytearray(path.read_bytes())
+    raw[position] ^= 1
+    path.write_bytes(raw)
+
+
+def rewrite(path: Path, **tensors: torch.Tensor) -> None:
+    """Other values in a weight file whose header stays as it is."""
+    raw, stored = path.read_bytes(), load_file(path)
+    save_file({**stored, **tensors}, path, {"format": "pt"})
+    assert path.read_bytes()[:200] == raw[:200], "the header changed"
+
+
+# --- a good output ----------------------------------------------------------------------------------------------------
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "another dtype": {"out_dtype": "bfloat16"},
+    "a wider dtype": {"out_dtype": "float64"},
+    "other shards": {"max_shard_size": 300},
+    "some tensors": {"include": ["h.1*", "norm"]},
+    "without some": {"exclude": ["h.1*"]},
+    "with SHA-256": {"sha256": True},
+}
+
+
+@pytest.mark.parametrize("output", ["good", "good.safetensors"])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_good_output_passes_and_every_edited_tensor_can_be_computed_again(case: str, output: str, here: Path) -> None:
+    options = dict(OPTIONS[case])
+    if output.endswith(".safetensors"):
+        options.pop("max_shard_size", None)
+    edited = run(output, **options).changes["tensors_edited"]
+    found = tv.verify(output, sample=100)
+    assert found.ok and found.skipped == []
+    assert any(f"computed again: {edited} of {edited} edited tensors" in line for line in found.checks)
+
+
+def test_an_adapter_is_computed_again_from_its_files(here: Path) -> None:
+    handmade.write_base(here / "model")
+    adapter = {**handmade.lora("m.q", 6, 4), "m.norm.weight": (4,)}
+    handmade.write_adapter(here / "lora", adapter)
+    for output, origin in (("plain", None), ("with-origin", "model")):
+        tv.subtract("model", "lora", alpha=0.5, base=origin, output=output, fsync=False)
+        found = tv.verify(output, sample=100)
+        assert found.ok and found.skipped == []
+        assert "2 of 2 edited tensors" in found.checks[-1]
+
+
+def test_a_vector_of_several_terms_is_computed_again(here: Path) -> None:
+    base = tv.Checkpoint.open("base")
+    vector = 0.5 * tv.TaskVector.between("base", "old") - 0.25 * tv.TaskVector.between("old", "base")
+    (base - vector).save("sum", fsync=False)
+    found = tv.verify("sum", sample=100)
+    assert found.ok and found.skipped == []
+
+
+def test_inf_that_was_there_when_it_was_made_is_no_problem(here: Path) -> None:
+    write_file(here / "far.safetensors", {**TUNED, "h.1.w": torch.full((4, 8), 3e38)})
+    tv.add("base", "far.safetensors", alpha=3, output="far", fsync=False)
+    found = tv.verify("far", sample=100)
+    assert found.ok
+    assert any("h.1.w holds 32 inf or NaN" in line for line in found.skipped)
+
+
+def test_check_raises_what_verify_reports(here: Path) -> None:
+    assert check("out").ok
+    flip(here / "out" / FIRST, -1)
+    with pytest.raises(tv.VerificationError, match=rf"out: {FIRST}: checksum"):
+        check("out")
+
+
+def test_verifying_changes_nothing(here: Path) -> None:
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in here.rglob("*") if path.is_file()}
+    tv.verify("out")
+    after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in here.rglob("*") if path.is_file()}
+    assert after == before
+
+
+# --- a bad one --------------------------------------------------------------------------------------------------------
+
+
+def _swap(here: Path) -> None:
+    os.rename(here / "out" / FIRST, here / "x")
+    os.rename(here / "out" / SECOND, here / "out" / FIRST)
+    os.rename(here / "x", here / "out" / SECOND)
+
+
+def _other_shard(here: Path) -> None:
+    shutil.copy(here / "base" / FIRST, here / "out" / FIRST)
+
+
+def _truncate(here: Path) -> None:
+    os.truncate(here / "out" / SECOND, (here / "out" / SECOND).stat().st_size - 1)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "a flipped bit in the data": (lambda here: flip(here / "out" / FIRST, -1), FIRST, "checksum"),
+    "a flipped bit in a copied tensor": (
+        lambda here: flip(here / "out" / SECOND, (here / "out" / SECOND).read_bytes().index(BASE["norm"].numpy().tobytes())),
+        SECOND,
+        "checksum",
+    ),
+    "a flipped bit in the header": (lambda here: flip(here / "out" / FIRST, 40), FIRST, ""),
+    "a flipped bit in the length": (lambda here: flip(here / "out" / FIRST, 0), FIRST, ""),
+    "another metadata": (
+        lambda here: save_file(load_file(here / "out" / FIRST), here / "out" / FIRST, {"format": "np"}), FIRST, "header",
+    ),
+    "two shards swapped": (_swap, FIRST, "expected in"),
+    "the base's shard": (_other_shard, FIRST, "checksum"),
+    "a missing shard": (lambda here: (here / "out" / SECOND).unlink(), SECOND, "missing"),
+    "a truncated shard": (_truncate, SECOND, ""),
+    "a stray weight file": (lambda here: write_file(here / "out" / "x.safetensors", BASE), "x.safetensors", "not list"),
+    "a stale whole model": (lambda here: write_file(here / "out" / "model.safetensors", BASE), "model.safetensors", "beside"),
+    "a missing tokenizer": (lambda here: (here / "out" / "tokenizer.json").unlink(), "tokenizer.json", "missing"),
+    "a missing config": (lambda here: (here / "out" / "config.json").unlink(), "config.json", "missing"),
+    "a missing index": (lambda here: (here / "out" / "model.safetensors.index.json").unlink(), "out", "no index"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_found_and_named(case: str, here: Path) -> None:
+    damage, name, reason = DAMAGE[case]
+    assert tv.verify("out").ok
+    damage(here)
+    found = tv.verify("out")
+    assert not found.ok
+    assert any(name in problem and reason in problem for problem in found.problems), found.problems
+
+
+def test_damage_of_a_single_file_is_found(here: Path) -> None:
+    run("out.safetensors")
+    flip(here / "out.safetensors", -1)
+    found = tv.verify("out.safetensors")
+    assert [problem.partition(":")[0] for problem in found.problems] == ["out.safetensors"]
+
+
+def test_inf_that_came_later_is_named_with_its_tensor(here: Path) -> None:
+    rewrite(here / "out" / FIRST, **{"h.0.w": torch.full((4, 8), torch.nan)})
+    problems = tv.verify("out").problems
+    assert "h.0.w: 32 values are inf or NaN, 0 were when it was made" in problems
+
+
+def forge(here: Path) -> None:
+    """Other values, with a record whose checksum fits them: only computing again can tell."""
+    rewrite(here / "out" / FIRST, **{"h.2.w": load_file(here / "out" / FIRST)["h.2.w"] + 1})
+    problem = tv.verify("out", sample=0).problems[0]
+    checksum = problem.partition("checksum ")[2].partition(",")[0]
+    path = here / "out" / "taskvec.json"
+    content = json.loads(path.read_text())
+    next(shard for shard in content["shards"] if shard["name"] == FIRST)["checksum"] = checksum
+    path.write_text(json.dumps(content))
+
+
+def test_values_that_are_not_the_formula_are_found_by_computing_them_again(here: Path) -> None:
+    forge(here)
+    assert tv.verify("out", sample=0).ok
+    (problem,) = tv.verify("out", sample=100).problems
+    assert problem.startswith("h.2.w: is not edited = base − 0.5·(old − base): ") and "bytes differ" in problem
+
+
+def test_an_input_that_changed_its_values_shows_in_what_is_computed_again(here: Path) -> None:
+    rewrite(here / "old" / "model.safetensors", **{"h.3.w": torch.full((4, 8), 9.0)})
+    (problem,) = tv.verify("out", sample=100).problems
+    assert problem.startswith("h.3.w: is not ")
+
+
+def test_the_sample_is_as_large_as_asked_and_the_same_each_time(here: Path) -> None:
+    first, again, none = tv.verify("out", sample=2), tv.verify("out", sample=2), tv.verify("out", sample=0)
+    assert first.checks == again.checks and "computed again: 2 of 5 edited tensors" in first.checks[-1]
+    assert "computed again: 0 of 5" in none.checks[-1]
+
+
+# --- inputs that went away --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gone", ["base", "old"])
+def test_without_an_input_nothing_is_computed_again_and_that_is_said(gone: str, here: Path) -> None:
+    shutil.rmtree(here / gone)
+    found = tv.verify("out")
+    assert found.ok
+    (line,) = found.skipped
+    assert "nothing computed again" in line and f"input {gone} of out was not found" in line and "--against" in line
+
+
+def test_moved_inputs_are_found_where_against_says(here: Path) -> None:
+    (here / "away").mkdir()
+    for name in ("base", "old"):
+        os.rename(here / name, here / "away" / f"{name}-moved")
+    assert tv.verify("out").skipped
+    found = tv.verify("out", against=["away/base-moved", "away/old-moved"], sample=100)
+    assert found.ok and found.skipped == [] and "5 of 5" in found.checks[-1]
+
+
+def test_against_something_else_is_an_error(here: Path) -> None:
+    shutil.rmtree(here / "base")
+    with pytest.raises(tv.CheckpointError, match="input base of out was not found, or is another one by now"):
+        tv.verify("out", against=["old"])
+
+
+def test_the_whole_folder_may_be_moved(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "new").mkdir()
+    for name in ("base", "old", "out"):
+        os.rename(here / name, here / "new" / name)
+    found = tv.verify("new/out")
+    assert found.ok and found.skipped == []
+    monkeypatch.chdir(here / "new" / "out")
+    assert tv.verify(".").skipped == []
+
+
+def test_another_model_under_the_old_name_is_not_taken_for_the_input(here: Path) -> None:
+    write_model(here / "old2", {**TUNED, "more": torch.ones(1)})
+    shutil.rmtree(here / "old")
+    os.rename(here / "old2", here / "old")
+    found = tv.verify("out")
+    assert found.ok and "another one by now" in found.skipped[0]
+
+
+# --- what is no output of taskvec -------------------------------------------------------------------------------------
+
+
+def test_a_model_that_taskvec_did_not_make_is_no_difference_but_an_error(here: Path) -> None:
+    write_file(here / "x.safetensors", BASE)
+    for path, reason in (("base", "no taskvec.json"), ("x.safetensors", "no record"), ("nowhere", "no such file")):
+        with pytest.raises(tv.CheckpointError, match=reason):
+            tv.verify(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{", b'{"shards": 7}', b'{"shards": [7]}', b'{"shards": [{}]}', b'{"tensors": []}'],
+)  # fmt: skip
+def test_a_damaged_record_is_named(content: bytes, here: Path) -> None:
+    (here / "out" / "taskvec.json").write_bytes(content)
+    try:
+        found = tv.verify("out")
+    except tv.CheckpointError as error:
+        assert "out" in str(error) and "\n" not in str(error)
+    else:
+        assert not found.ok
+
+
+@pytest.mark.parametrize("key", ["base", "vector", "options", "formula", "shards", "tensors", "side_files"])
+def test_a_record_that_lacks_a_part_never_passes_as_whole_or_is_named(key: str, here: Path) -> None:
+    path = here / "out" / "taskvec.json"
+    content = json.loads(path.read_text())
+    del content[key]
+    path.write_text(json.dumps(content))
+    try:
+        found = tv.verify("out")
+    except tv.CheckpointError as error:
+        assert "damaged" in str(error) and key in str(error)
+    else:
+        assert key in ("formula", "tensors", "side_files") or not found.ok
