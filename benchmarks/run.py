@@ -11,6 +11,7 @@ Nothing flushes to disk but the contenders named so. Ratios are per round, again
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import platform
 import shutil
@@ -27,7 +28,7 @@ from measure import Sample, measure
 
 HERE = Path(__file__).parent
 ALPHA = "0.7"
-SHOWN = ("size", "dtype", "shards", "rounds", "jobs", "only", "cold")  # the options that a result is labelled with
+SHOWN = ("size", "dtype", "shards", "rounds", "jobs", "only", "cold", "steady")  # the options that a result is labelled with
 JOBS = {"full": "tuned", "lora-all": "lora-all", "lora-qv": "lora-qv"}
 
 
@@ -180,6 +181,19 @@ def table(job: str, racers: list[Contender]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compiled(name: str, work: Path) -> Path:
+    program = work / name
+    subprocess.run(["cc", "-O3", "-pthread", str(HERE / f"{name}.c"), "-o", str(program)], check=True)
+    return program
+
+
+def hold_memory(work: Path) -> None:
+    """Start steady.c, which ends with this process."""
+    process = subprocess.Popen([str(compiled("steady", work))], stdout=subprocess.PIPE, text=True)
+    atexit.register(process.kill)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n", "steady.c could not hold the memory"
+
+
 def machine() -> str:
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in cpus if line.startswith("model name")), "?")
@@ -203,12 +217,14 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="a venv with benchmarks/requirements.txt")
     parser.add_argument("--mecha", type=Path, help="a venv with sd-mecha")
     parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before every run")
+    parser.add_argument("--steady", action="store_true", help="hold free memory first: for virtual machines, see steady.c")
     parser.add_argument("--out", type=Path, help="also write the table there")
     arguments = parser.parse_args()
     work = (arguments.work / f"{arguments.size}-{arguments.dtype}-{arguments.shards}").resolve()
     build(work, arguments.size, arguments.dtype, arguments.shards, seed=0)
-    floor = work / "floor"
-    subprocess.run(["cc", "-O3", "-pthread", str(HERE / "floor.c"), "-o", str(floor)], check=True)
+    floor = compiled("floor", work)
+    if arguments.steady:
+        hold_memory(work)
     size = sum(path.stat().st_size for path in (work / "base").glob("*.safetensors"))
     what = f"{size / 1e9:.2f} GB per checkpoint, {arguments.dtype}, {arguments.shards} shards, {arguments.rounds} rounds"
     command = "python benchmarks/run.py " + " ".join(

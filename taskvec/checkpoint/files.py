@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import stat
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from ..errors import CheckpointError, OutputError, SourceChangedError, TaskvecEr
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 _BLOCK = 4096  # bytes; what file systems share when they share
-_CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.EBADF)
+_FICLONERANGE = 0x4020940D  # linux/fs.h
 _LARGEST_CALL = 1 << 30  # bytes; Linux moves at most 0x7ffff000 per call
 _MOST_OPEN = 32  # input descriptors kept open at once
 
@@ -108,38 +110,21 @@ def write_all(fd: int, data: memoryview, offset: int, *, path: Path) -> None:
             raise os_failure(error, path, "cannot write", OutputError) from error
 
 
-def copy_range(
-    source: int, target: int, start: int, offset: int, nbytes: int, *, origin: Path, path: Path, tensor: str = ""
-) -> None:
-    """Copy `nbytes` from byte `start` of one file (`origin`) to byte `offset` of another (`path`) inside the kernel.
+def share_range(source: int, target: int, start: int, offset: int, nbytes: int) -> tuple[int, int]:
+    """Let `target` have the bytes from `start` of `source` at its byte `offset` without copying them (a reflink), where the
+    file system can, and where both lie alike in their blocks.
 
-    Where both lie alike in their blocks, whole blocks go in calls of their own: a file system with reflinks shares them
-    then instead of copying. Where the kernel cannot, the bytes go through a buffer.
+    Returns the part that is shared now, as (begin, end) counted from `start`; the rest is the caller's to write.
     """
-    edge = -start % _BLOCK if (start - offset) % _BLOCK == 0 else 0
-    middle = nbytes - edge - (nbytes - edge) % _BLOCK
-    for at, size in ((0, min(edge, nbytes)), (edge, max(0, middle)), (edge + max(0, middle), nbytes - edge - max(0, middle))):
-        while size > 0:
-            try:
-                moved = os.copy_file_range(source, target, min(size, _LARGEST_CALL), start + at, offset + at)
-            except OSError as error:
-                if error.errno not in _CANNOT_COPY:
-                    raise os_failure(error, path, "cannot write", OutputError) from error
-                moved = 0
-            if moved == 0:  # not possible here, or the end of the source: the plain way says which
-                _copy_through(source, target, start + at, offset + at, size, origin, path, tensor)
-                moved = size
-            at, size = at + moved, size - moved
-
-
-def _copy_through(
-    source: int, target: int, start: int, offset: int, nbytes: int, origin: Path, path: Path, tensor: str
-) -> None:
-    buffer = memoryview(bytearray(min(nbytes, 1 << 20)))
-    for at in range(0, nbytes, len(buffer)):
-        part = buffer[: min(len(buffer), nbytes - at)]
-        read_exact(source, part, start + at, path=origin, tensor=tensor)
-        write_all(target, part, offset + at, path=path)
+    edge = -start % _BLOCK
+    whole = (nbytes - edge) // _BLOCK * _BLOCK
+    if (start - offset) % _BLOCK or whole <= 0:
+        return 0, 0
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, struct.pack("=qQQQ", source, start + edge, whole, offset + edge))
+    except OSError:  # not possible here; and what is wrong with either file, the plain way tells better
+        return 0, 0
+    return edge, edge + whole
 
 
 def reserve(fd: int, size: int, *, path: Path) -> None:

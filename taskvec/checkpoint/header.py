@@ -79,10 +79,13 @@ def read_header(path: Path) -> Header:
     return Header(_locate(path, entries, 8 + length, file.size), metadata, bytes(raw), file)
 
 
-def encode_header(tensors: list[tuple[str, str, tuple[int, ...], int]], metadata: dict[str, str]) -> bytes:
+def encode_header(
+    tensors: list[tuple[str, str, tuple[int, ...], int]], metadata: dict[str, str], data_like: int = 0
+) -> bytes:
     """Length prefix and JSON of a header for (name, dtype, shape, nbytes) in file order; the same bytes every time.
 
-    Metadata keys are sorted; the whole is padded with spaces to a multiple of 8 bytes, as the reference writer does.
+    Metadata keys are sorted; the whole is padded with spaces to a multiple of 8 bytes, as the reference writer does; or,
+    where data begins at byte `data_like` of another file, so that it begins alike here in a block of 4096.
     """
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
@@ -90,7 +93,7 @@ def encode_header(tensors: list[tuple[str, str, tuple[int, ...], int]], metadata
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
         end += nbytes
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * ((data_like - 8 - len(text)) % 4096 if data_like % 8 == 0 < data_like else -len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 

@@ -227,6 +227,7 @@ def _layout(
         header = encode_header(
             [(t.name, dtype, t.shape, size) for t, dtype, size in zip(tensors, dtypes, sizes)],
             {"format": "pt", **{key: value for key, value in metadata.items() if key != METADATA_KEY}},
+            data_like=tensors[0].offset if tensors and out_dtype is None else 0,  # so that blocks can be shared with base
         )
         jobs, at = [], len(header)
         for tensor, dtype, size in zip(tensors, dtypes, sizes):

@@ -24,7 +24,7 @@ from .kernel import Counts, NumpyKernel, ReadWhole
 from .plan import Plan
 
 _READ_AHEAD = 8 << 20  # bytes; one block ahead hides the latency of a cold disk, more was no faster
-_COPIED = 8 << 20  # bytes of an untouched tensor that the kernel moves at once
+_COPIED = 8 << 20  # bytes of an untouched tensor that are shared at once, where they can be
 _HASHED = 1 << 20  # bytes per read when a finished file is hashed with SHA-256
 _POLL = 0.1  # seconds between two looks of the main thread; Ctrl-C is seen this soon
 
@@ -113,7 +113,7 @@ class _ShardRun:
     def _all_steps(self) -> Iterator[Step]:
         number = 0
         for job in self.plan.jobs:
-            for batch in batches(job, _COPIED if moved_by_kernel(job) else self._batch):
+            for batch in batches(job, _COPIED if untouched(job) else self._batch):
                 yield Step(self, number, job, batch)
                 number += len(batch)
 
@@ -264,7 +264,7 @@ class Worker:
 
     def carry(self, step: Step) -> tuple[list[bytes], Counts]:
         """All stages; the digest of every tile, and what happened in them."""
-        if moved_by_kernel(step.job):
+        if untouched(step.job):
             return self.copy(step), Counts()
         out, counts = self.compute(step, self.read(step))
         self.write(step, out)
@@ -295,17 +295,22 @@ class Worker:
         files.write_all(step.shard.fd, out.data, offset, path=step.shard.path)
 
     def copy(self, step: Step) -> list[bytes]:
-        """An untouched run: read for its checksum only, the bytes themselves are moved by the kernel."""
+        """An untouched run: shared with base where the file system can, else written as it was read. Read it is either way,
+        for its checksum; given that, copy_file_range costs more than writing what was just read (docs/performance.md).
+        """
         assert step.shard.fd is not None
         stored, unit, digests = step.job.base, unit_bytes(step.job.dtype), []
-        for tile in step.tiles:
-            digests.append(_digest(self._fill(0, stored, tile.start * unit, tile.units * unit)))
-        start = step.tiles[0].start * unit
+        first = step.tiles[0].start * unit
+        into = step.job.offset + first
         with self._inputs.reading(stored.path) as fd:
-            files.copy_range(
-                fd, step.shard.fd, stored.offset + start, step.job.offset + start, step.nbytes,
-                origin=stored.path, path=step.shard.path, tensor=stored.name,
-            )  # fmt: skip
+            shared = files.share_range(fd, step.shard.fd, stored.offset + first, into, step.nbytes)
+        for tile in step.tiles:
+            data = self._fill(0, stored, tile.start * unit, tile.units * unit)
+            digests.append(_digest(data))
+            at = tile.start * unit - first
+            for begin, end in ((at, min(at + len(data), shared[0])), (max(at, shared[1]), at + len(data))):
+                if begin < end:
+                    files.write_all(step.shard.fd, data[begin - at : end - at].data, into + begin, path=step.shard.path)
         return digests
 
     def _digests(self, step: Step, out: Raw) -> list[bytes]:
@@ -340,7 +345,7 @@ class Worker:
         return held
 
 
-def moved_by_kernel(job: Job) -> bool:
+def untouched(job: Job) -> bool:
     """Whether no one needs to look at the tensor's bytes but for their checksum."""
     return job.copied and not job.compared
 

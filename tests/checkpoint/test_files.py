@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import random
 import stat
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -314,37 +316,15 @@ def test_a_folder_is_flushed_and_let_go_of(tmp_path: Path, monkeypatch: pytest.M
     assert open_descriptors() == before
 
 
-# copying from file to file
+# sharing blocks between files
 
 BLOCK = 4096
 LARGE = np.random.default_rng(0).bytes(5 * BLOCK)
-ranges = pytest.mark.parametrize(
-    ("start", "offset", "nbytes"),
-    [(0, 0, 5 * BLOCK), (0, 0, 10), (10, 10, 20), (10, 10, BLOCK - 10), (10, 10, BLOCK), (10, BLOCK + 10, 3 * BLOCK),
-     (1, 2, 3), (100, 7, 3 * BLOCK), (BLOCK, 0, BLOCK), (BLOCK - 1, 2 * BLOCK - 1, BLOCK + 2), (BLOCK - 1, BLOCK - 1, 1),
-     (7, 7, 0), (3, 9, 0)],
-)  # fmt: skip
-
-
-class Kernel:
-    """copy_file_range as asked for: at most `most` bytes a call, and after `until` calls an error (0: the end)."""
-
-    def __init__(self, most: int = 1 << 40, until: int = 1 << 40, number: int = 0) -> None:
-        self.calls: list[tuple[int, int, int]] = []
-        self._most, self._until, self._number, self._real = most, until, number, os.copy_file_range
-
-    def __call__(self, source: int, target: int, count: int, start: int, offset: int) -> int:
-        if len(self.calls) >= self._until:
-            if self._number:
-                raise OSError(self._number, os.strerror(self._number))
-            return 0
-        self.calls.append((start, offset, count))
-        return self._real(source, target, min(count, self._most), start, offset)
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[tuple[int, int, Path]]:
-    """A file of five blocks to copy from, an empty one to copy to, and the path of that."""
+    """A file of five blocks to share from, an empty one to share with, and the path of that."""
     (tmp_path / "from").write_bytes(LARGE)
     source, target = os.open(tmp_path / "from", os.O_RDONLY), files.create_output(tmp_path / "to")
     yield source, target, tmp_path / "to"
@@ -352,77 +332,47 @@ def pair(tmp_path: Path) -> Iterator[tuple[int, int, Path]]:
     os.close(target)
 
 
-KERNELS = {
-    "whole": Kernel(),
-    "in short counts": Kernel(most=1000),
-    "not at all": Kernel(until=0),
-    "across no file systems": Kernel(until=0, number=errno.EXDEV),
-    "on no such file system": Kernel(until=0, number=errno.EOPNOTSUPP),
-    "on no such kernel": Kernel(until=0, number=errno.ENOSYS),
-    "by no such sandbox": Kernel(until=0, number=errno.EPERM),
-    "only at first": Kernel(most=1000, until=2, number=errno.EINVAL),
-}
+def reflinked(target: int, request: int, argument: bytes) -> None:
+    """What the ioctl does, as its manual page has it: whole blocks, copied here."""
+    source, start, nbytes, offset = struct.unpack("=qQQQ", argument)
+    assert request == 0x4020940D
+    assert start % BLOCK == nbytes % BLOCK == offset % BLOCK == 0 < nbytes
+    os.pwrite(target, os.pread(source, nbytes, start), offset)
 
 
-@ranges
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_range_is_copied_whole_however_the_kernel_copies(
-    kernel: str, start: int, offset: int, nbytes: int, pair: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("start", "offset", "nbytes", "shared"),
+    [
+        (0, 0, 5 * BLOCK, (0, 5 * BLOCK)),
+        (0, 0, BLOCK + 1, (0, BLOCK)),
+        (10, BLOCK + 10, 3 * BLOCK, (BLOCK - 10, 3 * BLOCK - 10)),
+        (BLOCK - 1, 2 * BLOCK - 1, BLOCK + 2, (1, BLOCK + 1)),
+        (10, 10, BLOCK, (0, 0)),
+        (1, 2, 3 * BLOCK, (0, 0)),
+        (0, 0, BLOCK - 1, (0, 0)),
+        (0, 0, 0, (0, 0)),
+        (7, 7, 0, (0, 0)),
+    ],
+)
+def test_whole_blocks_that_lie_alike_are_shared(
+    start: int, offset: int, nbytes: int, shared: tuple[int, int], pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target, path = pair
-    KERNELS[kernel].calls.clear()
-    monkeypatch.setattr(os, "copy_file_range", KERNELS[kernel])
-    files.copy_range(source, target, start, offset, nbytes, origin=Path("from"), path=path)
-    assert path.read_bytes() == (bytes(offset) + LARGE[start : start + nbytes] if nbytes else b"")
+    monkeypatch.setattr(fcntl, "ioctl", reflinked)
+    begin, end = files.share_range(source, target, start, offset, nbytes)
+    assert (begin, end) == shared
+    if end:
+        assert path.read_bytes()[offset + begin : offset + end] == LARGE[start + begin : start + end]
 
 
-def test_blocks_that_lie_alike_are_copied_in_a_call_of_their_own(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSPC])
+def test_where_blocks_cannot_be_shared_nothing_is_and_nothing_is_written(
+    number: int, pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, target, path = pair
-    kernel = Kernel()
-    monkeypatch.setattr(os, "copy_file_range", kernel)
-    files.copy_range(source, target, 100, BLOCK + 100, 3 * BLOCK, origin=Path("from"), path=path)
-    assert kernel.calls == [
-        (100, BLOCK + 100, BLOCK - 100), (BLOCK, 2 * BLOCK, 2 * BLOCK), (3 * BLOCK, 4 * BLOCK, 100),
-    ]  # fmt: skip
-
-
-def test_more_than_two_gib_is_copied_in_calls_the_kernel_takes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def copy_file_range(source: int, target: int, count: int, start: int, offset: int) -> int:
-        calls.append((start, offset, count))
-        return min(count, LINUX_CAP)
-
-    monkeypatch.setattr(os, "copy_file_range", copy_file_range)
-    files.copy_range(-1, -1, 0, BLOCK, 5 << 30, origin=Path("from"), path=Path("out"))
-    assert all(count <= LINUX_CAP for _, _, count in calls)
-    assert [start for start, _, _ in calls] == [sum(n for _, _, n in calls[:i]) for i in range(len(calls))]
-    assert all(offset == start + BLOCK for start, offset, _ in calls)
-    assert sum(count for _, _, count in calls) == 5 << 30
-
-
-@pytest.mark.parametrize("kernel", ["whole", "not at all", "only at first"])
-def test_copying_past_the_end_is_an_error_naming_the_tensor(kernel: str, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, target, path = pair
-    KERNELS[kernel].calls.clear()
-    monkeypatch.setattr(os, "copy_file_range", KERNELS[kernel])
-    with pytest.raises(SourceChangedError, match="tensor w: the file ends at byte 20480, expected bytes up to 20490"):
-        files.copy_range(source, target, 2 * BLOCK, 0, 3 * BLOCK + 10, origin=Path("from"), path=path, tensor="w")
-
-
-def test_a_source_truncated_under_a_copy_is_named_and_not_the_output(pair: Any) -> None:
-    source, target, path = pair
-    with pytest.raises(SourceChangedError) as caught:
-        files.copy_range(source, target, 5 * BLOCK, 0, 10, origin=Path("from"), path=path, tensor="w")
-    assert str(caught.value).startswith("from: tensor w: the file ends")
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG])
-def test_an_error_of_the_copy_that_is_no_refusal_is_told(number: int, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, target, path = pair
-    monkeypatch.setattr(os, "copy_file_range", Kernel(most=1000, until=1, number=number))
-    with pytest.raises(TaskvecError, match=f"to: cannot write: {os.strerror(number)}"):
-        files.copy_range(source, target, 0, 0, 2 * BLOCK, origin=Path("from"), path=path)
+    monkeypatch.setattr(fcntl, "ioctl", fails_with(number))
+    assert files.share_range(source, target, 0, 0, 2 * BLOCK) == (0, 0)
+    assert path.stat().st_size == 0
 
 
 # renaming
