@@ -12,10 +12,11 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError, QuantizedError, listing, show
-from .files import FileIdentity
+from .files import FileIdentity, InputFiles
 from .header import Header, StoredTensor, read_header
 from .locate import Location, locate, read_json
 
+_COMPARED = 1 << 20  # bytes per read when two stored tensors are compared
 _QUANTIZED_SUFFIXES = (
     ".absmax", ".quant_map", ".nested_absmax", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4",
     ".SCB", ".qweight", ".qzeros", ".g_idx", ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".input_scale",
@@ -125,3 +126,19 @@ def _check_index(location: Location, tensors: dict[str, StoredTensor]) -> None:
     unlisted = [name for name in tensors if name not in weight_map]
     if unlisted:
         raise CheckpointError(f"{show(index)}: tensors in the shards that the index does not list: {listing(unlisted)}")
+
+
+def same_bytes(left: StoredTensor, right: StoredTensor) -> bool:
+    """Whether two stored tensors of one dtype and shape have the same bytes. Reads them, a little at a time."""
+    files = InputFiles({})
+    one, other = bytearray(_COMPARED), bytearray(_COMPARED)
+    try:
+        for at in range(0, left.nbytes, _COMPARED):
+            size = min(_COMPARED, left.nbytes - at)
+            files.read(left.path, memoryview(one)[:size], left.offset + at, left.name)
+            files.read(right.path, memoryview(other)[:size], right.offset + at, right.name)
+            if one[:size] != other[:size]:
+                return False
+        return True
+    finally:
+        files.close()

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import InputFiles
+from ..checkpoint.checkpoint import Checkpoint, same_bytes
 from ..checkpoint.header import StoredTensor
 from ..errors import NameMismatchError, ShapeMismatchError, listing, show
 from .source import FLOATS, DenseDelta, Resolved
 
 _HEADS = ("lm_head.weight", "embed_out.weight")  # the output embeddings that transformers ties to the input ones
-_COMPARED = 1 << 20  # bytes per read when two stored tensors are compared
 
 
 @dataclass(frozen=True)
@@ -148,21 +146,6 @@ class _Ties:
         if not tensor.name.endswith(_HEADS):
             return None
         for other in checkpoint.tensors.values():
-            if other.name != tensor.name and other[1:3] == tensor[1:3] and _same_bytes(checkpoint, other, tensor):
+            if other.name != tensor.name and other[1:3] == tensor[1:3] and same_bytes(other, tensor):
                 return other
         return None
-
-
-def _same_bytes(checkpoint: Checkpoint, a: StoredTensor, b: StoredTensor) -> bool:
-    files = InputFiles({shard.path: shard.identity for shard in checkpoint.shards})
-    left, right = bytearray(_COMPARED), bytearray(_COMPARED)
-    try:
-        for at in range(0, a.nbytes, _COMPARED):
-            size = min(_COMPARED, a.nbytes - at)
-            files.read(a.path, memoryview(left)[:size], a.offset + at, a.name)
-            files.read(b.path, memoryview(right)[:size], b.offset + at, b.name)
-            if left[:size] != right[:size]:
-                return False
-        return True
-    finally:
-        files.close()

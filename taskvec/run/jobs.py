@@ -10,7 +10,7 @@ from ..delta.source import FLOATS, Delta, DenseDelta, LowRankDelta
 
 TILE_BYTES = 1 << 20  # of output; larger writes make ext4 ask for large folios, which costs more than it saves
 METADATA_KEY = "taskvec"  # of `__metadata__`, for what a single output file says about itself
-CHECKSUM_PLACE = "the-checksum-of-the-data-is-here"  # in a planned header; the run puts its 32 hex digits there
+CHECKSUM_PLACE = "the-checksum-of-a-file-goes-here"  # in a planned header; the run puts its 32 hex digits there
 
 
 class Term(NamedTuple):

@@ -141,7 +141,7 @@ def make_plan(base: Checkpoint, vector: TaskVector, options: Options, *, single_
     """
     out_dtype = _out_dtype(options)
     base.refuse_quantized()
-    keep = _name_filter(options, base)
+    keep = _name_filter(options, base, vector)
     resolved = [(coefficient, source.resolve(base, keep)) for coefficient, source in vector.terms if coefficient != 0]
     terms = _collect_terms(resolved)
     if not terms and any(coefficient != 0 for coefficient, _ in vector.terms):
@@ -182,11 +182,13 @@ def _out_dtype(options: Options) -> str | None:
     return OUT_DTYPES[options.out_dtype]
 
 
-def _name_filter(options: Options, base: Checkpoint) -> Callable[[str], bool]:
+def _name_filter(options: Options, base: Checkpoint, vector: TaskVector) -> Callable[[str], bool]:
     """Which tensor names are edited. Raises UsageError for a pattern that matches no tensor: it is a typing error."""
+    opened = [base, *(checkpoint for _, source in vector.terms for checkpoint in source.inputs)]
+    known = {"--include": base.tensors, "--exclude": dict.fromkeys(name for c in opened for name in c.tensors)}
     for option, patterns in (("--include", options.include), ("--exclude", options.exclude)):
         for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in base.tensors) and option == "--include":
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in known[option]):
                 raise UsageError(
                     f"{option} '{show(pattern)}' matches no tensor of {show(base.path)}",
                     hint=f"Its names are like {listing(base.tensors, 3)}",

@@ -25,7 +25,7 @@ from .plan import Plan
 from .stream import RunResult
 
 FORMAT = 1  # of the record
-CHECKSUM_KIND = "xxh3-128 over the xxh3-128 of 1 MiB tiles"
+CHECKSUM_KIND = "xxh3-128 over the header and the xxh3-128 of every tile"
 
 
 def recipe(plan: Plan, output: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Kernel(Protocol):
 
 
 class ShardResult(NamedTuple):
-    """`checksum`: XXH3-128 over the XXH3-128 of each tile, in the order of the file."""
+    """`checksum`: XXH3-128 over the header, as it was planned, and the XXH3-128 of each tile, in the order of the file."""
 
     name: str
     nbytes: int
@@ -139,7 +139,7 @@ class _ShardRun:
         return self._exhausted and len(self._digests) == self._taken
 
     def checksum(self) -> str:
-        return xxhash.xxh3_128_hexdigest(b"".join(self._digests[i] for i in range(self._taken)))
+        return xxhash.xxh3_128_hexdigest(self.plan.header + b"".join(self._digests[i] for i in range(self._taken)))
 
 
 class _Run:

@@ -89,7 +89,7 @@ def test_every_weight_file_has_its_size_and_digests(here: Path) -> None:
         tiles = [xxhash.xxh3_128_digest(data[end - size : end]) for size, end in zip(sizes, ends)]  # one tile a tensor
         assert found[path.name] == {
             "nbytes": path.stat().st_size,
-            "checksum": xxhash.xxh3_128_hexdigest(b"".join(tiles)),
+            "checksum": xxhash.xxh3_128_hexdigest(path.read_bytes()[: -len(data)] + b"".join(tiles)),
             "header_sha256": hashlib.sha256(header(path)).hexdigest(),
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         }
@@ -159,8 +159,9 @@ def test_a_single_file_carries_its_recipe_and_checksum(here: Path) -> None:
         data = [file.get_tensor(name).tobytes() for name in file.offset_keys()]
     content = json.loads(metadata["taskvec"])
     assert content["formula"] == "edited = base − 0.5·(old.safetensors − base)"
-    assert content["checksum"] == xxhash.xxh3_128_hexdigest(b"".join(map(xxhash.xxh3_128_digest, data)))
-    assert not content["checksum"].startswith("the")
+    before = (here / "out.safetensors").read_bytes()[: -sum(map(len, data))]
+    planned = before.replace(content["checksum"].encode(), b"the-checksum-of-a-file-goes-here")
+    assert content["checksum"] == xxhash.xxh3_128_hexdigest(planned + b"".join(map(xxhash.xxh3_128_digest, data)))
 
 
 # --- the same every time, and nothing about this machine --------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_the_checksum_is_over_the_checksums_of_the_tiles_in_file_order(tmp_path:
     result = run(plan, tmp_path / "out", workers=2, sha256=True)
     for shard, found in zip(plan.shards, result.shards):
         content = (tmp_path / "out" / shard.name).read_bytes()
-        assert found.checksum == xxhash.xxh3_128_hexdigest(b"".join(tile_digests(shard.jobs, content)))
+        assert found.checksum == xxhash.xxh3_128_hexdigest(shard.header + b"".join(tile_digests(shard.jobs, content)))
         assert found.sha256 == hashlib.sha256(content).hexdigest()
         length = int.from_bytes(content[:8], "little")
         assert found.header_sha256 == hashlib.sha256(content[8 : 8 + length]).hexdigest()

@@ -198,7 +198,7 @@ def test_values_that_are_not_the_formula_are_found_by_computing_them_again(here:
     forge(here)
     assert tv.verify("out", sample=0).ok
     (problem,) = tv.verify("out", sample=100).problems
-    assert problem.startswith("h.2.w: is not edited = base − 0.5·(old − base): ") and "bytes differ" in problem
+    assert problem.startswith("h.2.w: is not edited = base − 0.5·(old − base): ") and "elements differ" in problem
 
 
 def test_an_input_that_changed_its_values_shows_in_what_is_computed_again(here: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.checkpoint import Checkpoint, same_bytes
 from ...checkpoint.header import StoredTensor
 from ...errors import AdapterError, NameMismatchError, ShapeMismatchError, listing, show
 from ..source import FLOATS, Delta, DenseDelta, LowRankDelta, Resolved, ScaledDelta
@@ -122,11 +122,13 @@ class LoraAdapter:
 
         Raises NameMismatchError listing adapter tensors without a counterpart, ShapeMismatchError with both shapes.
         """
-        wanted = [f"{module}.weight" for module in self.pairs] + list(self.values)
-        wanted += [f"{module}.bias" for module, pair in self.pairs.items() if pair.bias]
+        factored = [f"{module}.weight" for module in self.pairs]
+        factored += [f"{module}.bias" for module, pair in self.pairs.items() if pair.bias]
+        wanted = factored + list(self.values)
         _refuse_tied_head(self, wanted, base)
         targets = map_names(wanted, base.tensors, self.folder.path, base.path)
-        _refuse_twice(self, [targets[name] for name in wanted])
+        values = {n: v for n, v in self.values.items() if not self._is_copy(n, v, base.tensors[targets[n]])}
+        _refuse_twice(self, [targets[name] for name in (*factored, *values)])
         found = Resolved()
         for module, pair in self.pairs.items():
             target = base.tensors[targets[f"{module}.weight"]]
@@ -135,7 +137,7 @@ class LoraAdapter:
                 target = base.tensors[targets[f"{module}.bias"]]
                 _check_value(self, pair.bias, target)
                 _put_delta(self, base, found, target, ScaledDelta(pair.bias, self.scale(module)), keep)
-        for name, value in self.values.items():
+        for name, value in values.items():
             self._add_value(base, found, value, base.tensors[targets[name]], keep)
         if self.folder.config.get("bias") == "lora_only" and not any(name.endswith(".bias") for name in self.values):
             found.notes.append(f"{show(self.label)} has bias=lora_only but no biases: PEFT before 0.21 lost them on saving")
@@ -145,6 +147,11 @@ class LoraAdapter:
                 "that base's rounding error"
             )
         return found
+
+    def _is_copy(self, name: str, value: StoredTensor, target: StoredTensor) -> bool:
+        """Whether `value` is only base's own tensor again: PEFT saves one beside the factors of a head or an embedding."""
+        alike = name.removesuffix(".weight") in self.pairs and (value.dtype, value.shape) == (target.dtype, target.shape)
+        return alike and same_bytes(value, target)
 
     def _low_rank(self, base: Checkpoint, module: str, pair: Pair, target: StoredTensor) -> LowRankDelta:
         inside, outside = pair.a.shape[1], pair.b.shape[0]

@@ -56,6 +56,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora bias": ("bert", dict(r=2, lora_alpha=5, target_modules=["query", "value"], lora_bias=True)),
     "modules to save": ("bert", dict(r=2, lora_alpha=5, target_modules=["query"], modules_to_save=["classifier"])),
     "a whole embedding": ("llama", dict(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"])),
+    "an adapted head, with its copy of base's": ("llama", dict(r=2, target_modules=["lm_head", "q_proj"])),
     "conv1d": ("gpt2", dict(r=4, lora_alpha=7, target_modules=GPT2, fan_in_fan_out=True)),
     "conv1d lora bias": ("gpt2", dict(r=4, lora_alpha=7, target_modules=GPT2, fan_in_fan_out=True, lora_bias=True)),
     "conv1d all biases": ("gpt2", dict(r=4, target_modules=["c_attn"], fan_in_fan_out=True, bias="all")),
