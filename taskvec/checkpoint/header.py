@@ -200,7 +200,7 @@ def _locate(path: Path, entries: dict[str, Any], data: int, size: int) -> list[S
 
 
 def _all_whole(numbers: object) -> bool:
-    return isinstance(numbers, list) and all(type(n) is int for n in numbers)
+    return isinstance(numbers, list) and set(map(type, numbers)) <= {int}  # a bool is no number here
 
 
 def _byte_size(path: Path, name: str, dtype: str, shape: list[int]) -> int:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -155,10 +155,19 @@ def test_the_minus_sign_is_there(kernel: MakeKernel) -> None:
 # what does not change keeps its bits
 
 
+def quiet(dtype: str) -> Words:
+    """The finite ones of the special values: a tile with nothing to repair."""
+    words = specials(dtype)
+    return words[np.isfinite(numbers(Stored(dtype, words)))]
+
+
+@pytest.mark.parametrize("values", [quiet, specials])
 @pytest.mark.parametrize("alpha", [0.3, -0.3, 1.0, -1.0, 1e30, -1e-42])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_element_that_tuned_leaves_alone_keeps_its_bits(kernel: MakeKernel, dtype: str, alpha: float) -> None:
-    base = Stored(dtype, specials(dtype))
+def test_an_element_that_tuned_leaves_alone_keeps_its_bits(
+    kernel: MakeKernel, dtype: str, alpha: float, values: Callable[[str], Words]
+) -> None:
+    base = Stored(dtype, values(dtype))
     words, counts = edit_dense(kernel, base, [Change(alpha, Stored(dtype, base.words.copy()), base)], dtype)
     assert np.array_equal(words, base.words)
     assert (counts.intended, counts.changed, counts.overflow) == (0, 0, 0)
@@ -227,6 +236,26 @@ def test_overflow_is_counted_and_never_saturates(kernel: MakeKernel, dtype: str,
     words, counts = edit_dense(kernel, base, [Change(1.0, tuned, base)], dtype)
     assert words.tolist() == [word, *base.words[1:]]
     assert (counts.intended, counts.changed, counts.overflow, counts.nonfinite) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "half"),
+    [
+        ("F16", 65504.0, 16.0),
+        ("BF16", 3.3895313892515355e38, 2.0**119),
+        ("F8_E5M2", 57344.0, 4096.0),
+        ("F8_E4M3", 448.0, 16.5),
+    ],
+)
+def test_overflow_begins_half_an_ulp_above_the_largest_number(
+    kernel: MakeKernel, dtype: str, largest: float, half: float
+) -> None:
+    base = of(dtype, [largest, -largest, largest])
+    tuned = of("F32", [largest - half, half - largest, largest - half * 0.96875])
+    words, counts = edit_dense(kernel, base, [Change(1.0, tuned, base)], dtype)
+    found = numbers(Stored(dtype, words))
+    assert (np.isfinite(found).tolist(), found[2]) == ([False, False, True], largest)
+    assert (counts.intended, counts.changed, counts.overflow, counts.nonfinite) == (3, 2, 2, 2)
 
 
 def test_counts_add_up() -> None:
@@ -361,10 +390,13 @@ def test_two_low_rank_vectors_and_a_dense_one_add_up(kernel: MakeKernel) -> None
     assert (np.abs(numbers(Stored("F32", words)) - expected) <= 3 * 2.0**-24 * (1 + np.abs(expected) * 2)).all()
 
 
+@pytest.mark.parametrize("values", [quiet, specials])
 @pytest.mark.parametrize("alpha", [0.7, -0.7])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_a_low_rank_delta_of_zero_keeps_every_bit_of_base(kernel: MakeKernel, dtype: str, alpha: float) -> None:
-    memory, words = Memory(), specials(dtype)
+def test_a_low_rank_delta_of_zero_keeps_every_bit_of_base(
+    kernel: MakeKernel, dtype: str, alpha: float, values: Callable[[str], Words]
+) -> None:
+    memory, words = Memory(), values(dtype)
     left = memory.store(of("F32", [0.0] * len(words)), (len(words), 1))  # B is zero before training
     right = memory.store(of("F32", [1.0]), (1, 1))
     base = memory.store(Stored(dtype, words), (len(words), 1))
@@ -408,10 +440,13 @@ def test_a_stored_difference_is_subtracted_by_two_rounded_operations(kernel: Mak
     assert np.array_equal(words, edit(left, [Change(0.6 * 0.5, right, zero)], base).words)
 
 
+@pytest.mark.parametrize("values", [quiet, specials])
 @pytest.mark.parametrize("alpha", [0.5, -0.5])
 @pytest.mark.parametrize("zero", [0.0, -0.0])
-def test_a_stored_difference_of_zero_keeps_every_bit_of_base(kernel: MakeKernel, alpha: float, zero: float) -> None:
-    memory, words = Memory(), specials("F16")
+def test_a_stored_difference_of_zero_keeps_every_bit_of_base(
+    kernel: MakeKernel, zero: float, alpha: float, values: Callable[[str], Words]
+) -> None:
+    memory, words = Memory(), values("F16")
     delta = ScaledDelta(memory.store(of("BF16", [zero] * len(words))), 2.0)
     found, counts = run_job(kernel, make_job(memory.store(Stored("F16", words)), [Term(alpha, delta)]), memory)
     assert np.array_equal(found, words)
