@@ -51,6 +51,7 @@ def contenders(job: str, work: Path, floor: Path, arguments: argparse.Namespace)
         Contender(
             "floor (C, 2 threads)", lambda out: [str(floor), str(out), *shards, *(["--", *tuned] if job == "full" else [])]
         ),
+        Contender("cat both > /dev/null", lambda out: ["sh", "-c", f"cat {base}/* {old}/* > /dev/null"]),
         Contender("taskvec", lambda out: [*taskvec, str(out), "--no-fsync"]),
         Contender("taskvec, flushed", lambda out: [*taskvec, str(out)]),
         Contender("cp -r base, flushed", lambda out: ["sh", "-c", f"cp -r {base} {out} && sync -d {out}/*"]),

@@ -127,6 +127,11 @@ def show(name: object, limit: int = 200) -> str:
 _BIDI_CONTROLS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 tensor`, `2 tensors`, `1,000 tensors`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def listing(names: Iterable[str], limit: int = 5) -> str:
     """The first few of `names`, and how many more there are."""
     shown = [show(name) for name in names]

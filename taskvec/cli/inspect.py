@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..errors import show
+from ..errors import counted, show
 from ..insight.inspect import Inspection
 from ..insight.inspect import inspect as inspect_source
 from ..run.plan import human_bytes
@@ -33,8 +33,8 @@ def _totals(found: Inspection) -> str:
     parameters = sum(tensor.elements for tensor in found.tensors)
     dtypes = ", ".join(f"{dtype} {human_bytes(size)}" for dtype, size in found.dtypes.items())
     return (
-        f"{show(found.label)}: {len(found.tensors)} tensors, {parameters:,} parameters in {len(found.files)} "
-        f"file{'s' if len(found.files) != 1 else ''} ({dtypes or 'empty'})"
+        f"{show(found.label)}: {counted(len(found.tensors), 'tensor')}, {counted(parameters, 'parameter')} in "
+        f"{counted(len(found.files), 'file')} ({dtypes or 'empty'})"
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..checkpoint.checkpoint import Checkpoint, same_bytes
 from ..checkpoint.header import StoredTensor
-from ..errors import NameMismatchError, ShapeMismatchError, listing, show
+from ..errors import NameMismatchError, ShapeMismatchError, counted, listing, show
 from .source import FLOATS, DenseDelta, Resolved
 
 _HEADS = ("lm_head.weight", "embed_out.weight")  # the output embeddings that transformers ties to the input ones
@@ -49,7 +49,7 @@ class FineTune:
             _add(found, tensor, tuned, origin)
         _check_overlap(self, base, found, missing)
         if missing:
-            found.notes.append(f"{len(missing)} tensors only in {show(base.label)}, copied: {listing(missing)}")
+            found.notes.append(f"{counted(len(missing), 'tensor')} only in {show(base.label)}, copied: {listing(missing)}")
         found.missing.extend(missing)
         _note_extra(self.tuned, base, keep, ties, found)
         return found
@@ -112,7 +112,7 @@ def _note_extra(tuned: Checkpoint, base: Checkpoint, keep: Callable[[str], bool]
         else:
             unknown.append(name)
     if unknown:
-        found.notes.append(f"{len(unknown)} tensors only in {show(tuned.label)}, not used: {listing(unknown)}")
+        found.notes.append(f"{counted(len(unknown), 'tensor')} only in {show(tuned.label)}, not used: {listing(unknown)}")
     found.unused.extend(unknown)
 
 

@@ -17,7 +17,7 @@ from ..checkpoint.folder import SideFile, side_files
 from ..checkpoint.header import DTYPE_BITS, StoredTensor, encode_header
 from ..delta.source import FLOATS, LowRankDelta, Resolved, ScaledDelta
 from ..delta.vector import TaskVector, formula
-from ..errors import NameMismatchError, UsageError, listing, show
+from ..errors import NameMismatchError, UsageError, counted, listing, show
 from .jobs import METADATA_KEY, TILE_BYTES, Job, ShardPlan, Term, unit_bytes
 
 OUT_DTYPES = {"same": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
@@ -105,7 +105,7 @@ class Plan:
         s = self.summary()
         lines = [
             show(s["formula"], 2000),
-            f"edit {s['tensors_edited']} tensors ({s['elements_edited']:,} elements), copy {s['tensors_copied']}",
+            f"edit {counted(s['tensors_edited'], 'tensor')} ({s['elements_edited']:,} elements), copy {s['tensors_copied']}",
             f"read {human_bytes(s['bytes_to_read'])}, write {human_bytes(s['bytes_to_write'])}, "
             f"buffers of at most {human_bytes(s['buffer_bytes_per_worker'])} per worker",
             *(f"  {f['name']}  {human_bytes(f['bytes'])}, {f['tensors']} tensors, {f['edited']} edited" for f in s["shards"]),

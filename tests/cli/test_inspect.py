@@ -40,7 +40,7 @@ def test_json_has_the_same_as_data(taskvec: Command) -> None:
 
 def test_one_file_is_inspected_too(taskvec: Command) -> None:
     out = taskvec("inspect", "other.safetensors").out
-    assert out.splitlines()[-1] == "other.safetensors: 1 tensors, 3 parameters in 1 file (F32 12 bytes)"
+    assert out.splitlines()[-1] == "other.safetensors: 1 tensor, 3 parameters in 1 file (F32 12 bytes)"
 
 
 def test_a_scalar_and_an_empty_file_are_shown(taskvec: Command, here: Path) -> None:

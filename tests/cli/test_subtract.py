@@ -215,8 +215,8 @@ def test_what_the_tuned_model_lacks_is_noted(taskvec: Command, here: Path) -> No
     save_file(partial, here / "partial.safetensors")
     outcome = taskvec("subtract", "base", "partial.safetensors", "-a", "1", "-o", "out")
     assert outcome.code == 0
-    assert "note: 1 tensors only in base, copied: model.embed.weight" in outcome.err
-    assert "note: 1 tensors only in partial.safetensors, not used: extra" in outcome.err
+    assert "note: 1 tensor only in base, copied: model.embed.weight" in outcome.err
+    assert "note: 1 tensor only in partial.safetensors, not used: extra" in outcome.err
 
 
 def test_a_change_of_nothing_is_warned_of(taskvec: Command) -> None:
