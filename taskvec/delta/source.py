@@ -83,6 +83,11 @@ class DeltaSource(Protocol):
 class AdapterSource(DeltaSource, Protocol):
     """A source whose replaced tensors are differences from the model it was trained on."""
 
+    @property
+    def config_sha256(self) -> str:
+        """What pins the adapter's config."""
+        ...
+
     def trained_on(self, origin: Checkpoint) -> AdapterSource:
         """The same adapter, matched to `origin` at once. Raises MismatchError if it does not fit."""
         ...

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 _LENGTH = 4096  # elements of one program
+_STRIP = 1024  # columns of one program of a product
 _WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 _NANS = {torch.float32: 0x7FC00000, torch.float16: 0x7E00, torch.bfloat16: 0x7FC0}
 _LIMITS = {torch.float32: float("inf"), torch.float16: 65520.0, torch.bfloat16: (2 - 2**-8) * 2.0**127}
@@ -68,6 +69,31 @@ def _edit(  # type: ignore[no-untyped-def]
     tl.atomic_add(counts_at + 1, tl.sum(((result != word) & inside).to(tl.int64)))
     tl.atomic_add(counts_at + 2, tl.sum((ends & finite).to(tl.int64)))
     tl.atomic_add(counts_at + 3, tl.sum(ends.to(tl.int64)))
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right, [rows, columns] float32, as ((0 + l₀·r₀) + l₁·r₁) + …, each operation rounded: the bits of the CPU.
+
+    left: [rows, rank], right: [rank, columns], both float32 and contiguous by rows (right may be a slice of columns).
+    """
+    rows, columns = left.shape[0], right.shape[1]
+    out = torch.empty((rows, columns), dtype=torch.float32, device=left.device)
+    _product[(rows, triton.cdiv(columns, _STRIP))](
+        left, right, out, columns, right.stride(0), RANK=left.shape[1], LENGTH=_STRIP, enable_fp_fusion=False
+    )
+    return out
+
+
+@triton.jit
+def _product(left_at, right_at, out_at, columns, stride, RANK: tl.constexpr, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One strip of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1).to(tl.int64) * LENGTH + tl.arange(0, LENGTH)
+    inside = at < columns
+    total = tl.zeros([LENGTH], tl.float32)
+    for k in range(RANK):
+        total = total + tl.load(left_at + row * RANK + k) * tl.load(right_at + k * stride + at, mask=inside, other=0)
+    tl.store(out_at + row * columns + at, total, mask=inside)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
     r = f32(base) − f32(α)·Δ,   Δ = f32(tuned) − f32(origin)   each operation rounded to float32, no fused multiply-add;
     several terms accumulate in the order written; then ONE rounding, to nearest-even, into the output dtype.
-    float64 tensors: the same in float64. Low-rank Δ: f32(α·s) is folded into `left`, the product is float32.
+    float64 tensors: the same in float64. Low-rank Δ: f32(α·s) is folded into `left`, then the products are added in order.
 
 Task arithmetic: Ilharco et al. 2023 (section 2); subtraction before learning: Ni et al. 2024, eq. 3-4. An element that no
 term changes keeps base's bits, NaN and ±inf included; a NaN the arithmetic makes is the canonical one.
@@ -167,10 +167,19 @@ class NumpyKernel:
         rows, columns = self._factors[1][position]
         left = rows[tile.row : tile.row + tile.rows]
         right = columns[:, tile.column : tile.column + tile.columns]
-        if out.dtype == np.float32:
-            np.matmul(left, right, out=out.reshape(tile.rows, tile.columns))
-        else:
-            np.copyto(out.reshape(tile.rows, tile.columns), left @ right)
+        product = out if out.dtype == np.float32 else self._buffer("product", "f4", tile.units)
+        self._multiply(left, right, product.reshape(tile.rows, tile.columns))
+        if product is not out:
+            np.copyto(out, product)
+
+    def _multiply(self, left: Floats, right: Floats, out: Floats) -> None:
+        """out = left @ right as ((0 + l₀·r₀) + l₁·r₁) + …, each operation rounded to float32: the same bits on every
+        machine and for every shape of tile, which no BLAS promises."""
+        step = self._buffer("step", "f4", out.size).reshape(out.shape)
+        out.fill(0)
+        for k in range(left.shape[1]):
+            np.multiply(left[:, k, None], right[k], out=step)
+            np.add(out, step, out=out)
 
     def _load_factors(self, job: Job) -> list[tuple[Floats, Floats]]:
         """Per term the two factors as (what gives rows, what gives columns) of the stored weight, α·s folded in."""

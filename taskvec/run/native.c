@@ -11,7 +11,7 @@
 enum { F32 = 0, F16 = 1, BF16 = 2 };                   /* as in native.py */
 enum { DENSE = 0, GIVEN = 1 };                         /* delta = tuned - origin, or a float32 array with alpha in it */
 enum { INTENDED, CHANGED, OVERFLOWED, NONFINITE };     /* counts */
-enum { BLOCK = 1024 };
+enum { BLOCK = 1024, STRIP = 512 };                  /* elements; a strip of 16 ranks fits the first-level cache too */
 
 typedef struct {
     int32_t kind, tuned_dtype, origin_dtype;           /* origin_dtype of a NULL origin is not read */
@@ -111,7 +111,41 @@ static void repair(const Term *terms, int count, int64_t at, int n, const float 
 }
 
 /* What native.py expects: a library left over from another version is not used. */
-int taskvec_abi(void) { return 1; }
+int taskvec_abi(void) { return 2; }
+
+/* out = left @ right, [rows, columns]; left: [rows, rank] by rows, right: [rank, columns] of a larger array with `stride`
+ * elements a row. Every element is ((0 + l0*r0) + l1*r1) + ..., each operation rounded: the same bits on every machine,
+ * which no BLAS promises. Eight products at a time, so that the sums stay in registers. */
+FOR_EVERY_PROCESSOR
+void taskvec_product(int64_t rows, int64_t columns, int64_t rank, const float *left, const float *right, int64_t stride,
+                     float *out) {
+    for (int64_t at = 0; at < columns; at += STRIP) {
+        const int n = columns - at < STRIP ? (int)(columns - at) : STRIP;
+        for (int64_t row = 0; row < rows; row++) {
+            const float *l = left + row * rank;
+            float *restrict sum = out + row * columns + at;
+            memset(sum, 0, sizeof(float) * (size_t)n);
+            int64_t k = 0;
+            for (; k + 8 <= rank; k += 8) {
+                const float *r = right + k * stride + at;
+                for (int i = 0; i < n; i++) {
+                    float s = sum[i];
+                    s += l[k] * r[i];
+                    s += l[k + 1] * r[stride + i];
+                    s += l[k + 2] * r[2 * stride + i];
+                    s += l[k + 3] * r[3 * stride + i];
+                    s += l[k + 4] * r[4 * stride + i];
+                    s += l[k + 5] * r[5 * stride + i];
+                    s += l[k + 6] * r[6 * stride + i];
+                    s += l[k + 7] * r[7 * stride + i];
+                    sum[i] = s;
+                }
+            }
+            for (; k < rank; k++)
+                for (int i = 0; i < n; i++) sum[i] += l[k] * right[k * stride + at + i];
+        }
+    }
+}
 
 /* base and out: `size` elements; counts: 4 numbers, added to. */
 FOR_EVERY_PROCESSOR

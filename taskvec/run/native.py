@@ -21,7 +21,7 @@ from .kernel import Counts, NumpyKernel, ReadWhole, single
 LIBRARY = Path(__file__).with_name("_native.so")
 _DTYPES = {"F32": 0, "F16": 1, "BF16": 2}  # as in native.c
 _DENSE, _GIVEN = 0, 1
-_ABI = 1
+_ABI = 2
 
 
 class _Term(ctypes.Structure):
@@ -41,7 +41,7 @@ class _Term(ctypes.Structure):
 def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(LIBRARY))
-        library.taskvec_edit.restype = None
+        library.taskvec_edit.restype = library.taskvec_product.restype = None
         return library if library.taskvec_abi() == _ABI else None
     except (OSError, AttributeError):
         return None
@@ -75,6 +75,17 @@ class NativeKernel(NumpyKernel):
         )
         intended, changed, overflow, nonfinite = counts
         return out, Counts(intended, changed, overflow, nonfinite)
+
+    def _multiply(self, left: Any, right: Any, out: Any) -> None:
+        library = _library()
+        if library is None or left.strides[1] != 4 or right.strides[1] != 4 or not out.flags.c_contiguous:
+            super()._multiply(left, right, out)
+            return
+        (rows, rank), columns = left.shape, right.shape[1]
+        left = np.ascontiguousarray(left)
+        sizes = (ctypes.c_int64(n) for n in (rows, columns, rank))
+        stride = ctypes.c_int64(right.strides[0] // 4)
+        library.taskvec_product(*sizes, _pointer(left), _pointer(right), stride, _pointer(out))
 
     def _term(self, job: Job, position: int, tile: Tile, raw: Mapping[StoredTensor, Raw]) -> _Term:
         alpha, delta = job.terms[position]

@@ -1,5 +1,5 @@
-"""The arithmetic of one tile in torch, for a GPU. The same formula as `kernel`, operation by operation, so that full
-fine-tunes give the same bits; low-rank products may differ in the last float32 bit, as between any two BLAS.
+"""The arithmetic of one tile in torch, for a GPU. The same formula as `kernel`, operation by operation, so that the
+bits are the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class TorchKernel:
         self._fused = _fused() if self._device.type == "cuda" else None
         self._factors: tuple[Job, list[Any]] | None = None
         self._out = self._host(0)
-        torch.backends.cuda.matmul.allow_tf32 = False  # products are float32, not TF32
 
     def host_buffer(self, nbytes: int) -> Raw:
         """Pinned memory, which copies to and from the GPU without a stop."""
@@ -113,13 +112,19 @@ class TorchKernel:
         return change, same, _rounded(alpha, compute)
 
     def _product(self, job: Job, position: int, tile: Tile) -> torch.Tensor:
-        """α·s·(left @ right), or its transpose, of one tile: [rows, columns] in float32."""
+        """α·s·(left @ right), or its transpose, of one tile: [rows, columns] in float32, added in order as on the CPU."""
         if self._factors is None or self._factors[0] is not job:
             self._factors = (job, [self._load(alpha, delta) for alpha, delta in job.terms])
         rows, columns = self._factors[1][position]
         left = rows[tile.row : tile.row + tile.rows]
-        product: torch.Tensor = left @ columns[:, tile.column : tile.column + tile.columns]
-        return product
+        right = columns[:, tile.column : tile.column + tile.columns]
+        if self._fused is not None:
+            product: torch.Tensor = self._fused.product(left, right)
+            return product
+        total = torch.zeros((len(left), right.shape[1]), dtype=torch.float32, device=left.device)
+        for k in range(left.shape[1]):
+            total += left[:, k, None] * right[k]
+        return total
 
     def _load(self, alpha: float, delta: object) -> tuple[torch.Tensor, torch.Tensor] | None:
         if not isinstance(delta, LowRankDelta):

@@ -30,6 +30,14 @@ for base, tuned, alpha in itertools.product(DTYPES, DTYPES, (0.3, -1.7)):
     fused.edit(left, right, float(np.float32(alpha)), out, found)
     assert out.view(torch.uint8).numpy().tobytes() == expected.tobytes(), (base, tuned, alpha)
     assert found.tolist() == [counts.intended, counts.changed, counts.overflow, counts.nonfinite], (base, tuned, alpha)
+for rank, columns in ((1, 5), (16, 1500), (11, 1024)):
+    generator = np.random.default_rng(rank)
+    left = generator.standard_normal((3, rank)).astype(np.float32)
+    wide = generator.standard_normal((rank, columns + 8)).astype(np.float32)
+    expected = np.empty((3, columns), np.float32)
+    NumpyKernel(lambda tensor: None)._multiply(left, wide[:, 4:-4], expected)
+    found = fused.product(torch.from_numpy(left), torch.from_numpy(wide)[:, 4:-4])
+    assert found.numpy().tobytes() == expected.tobytes(), (rank, columns)
 print("equal")
 """
 

@@ -98,3 +98,21 @@ def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatc
         assert native._library() is None
     finally:
         native._library.cache_clear()
+
+
+@needs_library
+@pytest.mark.parametrize("rank", [1, 3, 8, 13, 64])
+@pytest.mark.parametrize("columns", [1, 511, 512, 1300])
+def test_products_have_the_bits_of_numpy_and_of_sums_in_order(rank: int, columns: int) -> None:
+    generator = np.random.default_rng(rank)
+    left = generator.standard_normal((7, rank)).astype(np.float32)
+    wide = generator.standard_normal((rank, columns + 9)).astype(np.float32)
+    right = wide[:, 4 : 4 + columns]  # a slice of columns, as a tile takes it
+    found, by_numpy = np.empty((7, columns), np.float32), np.empty((7, columns), np.float32)
+    native.NativeKernel(lambda tensor: wide)._multiply(left, right, found)
+    NumpyKernel(lambda tensor: wide)._multiply(left, right, by_numpy)
+    expected = np.zeros((7, columns))
+    for k in range(rank):  # float64 holds each product exactly, and its sum is rounded to float32 once
+        product = (left[:, k, None].astype(np.float64) * right[k]).astype(np.float32)
+        expected = (expected + product).astype(np.float32).astype(np.float64)
+    assert found.tobytes() == by_numpy.tobytes() == expected.astype(np.float32).tobytes()

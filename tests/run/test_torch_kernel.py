@@ -14,7 +14,7 @@ from taskvec.run.kernel import NumpyKernel
 from taskvec.run.torch_kernel import TorchKernel, _round, _to_odd
 
 from .checkpoints import Memory, bits, make_job, run_job, tensor
-from .reference import DTYPES, Stored, numbers, pairs, rounded, ulp, unsigned
+from .reference import DTYPES, Stored, numbers, pairs, rounded, unsigned
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")])
 
@@ -42,18 +42,17 @@ def test_torch_and_numpy_give_the_same_bits_and_counts(device: str, dtype: str) 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
-def test_low_rank_edits_of_torch_and_numpy_differ_by_an_ulp_at_most(device: str, dtype: str, transposed: bool) -> None:
+def test_low_rank_edits_of_torch_and_numpy_have_the_same_bits(device: str, dtype: str, transposed: bool) -> None:
     rng = np.random.default_rng(22)
     memory, rank, rows, columns = Memory(), 16, 320, 200
     left = memory.store(Stored("F32", rounded(rng.standard_normal(rows * rank) * 0.2, "F32")), (rows, rank))
     right = memory.store(Stored("F32", rounded(rng.standard_normal(rank * columns) * 0.2, "F32")), (rank, columns))
-    weights = np.abs(rng.standard_normal(rows * columns)) + 8.0  # far from zero: an ulp there is as small as one likes
+    weights = rng.standard_normal(rows * columns)
     base = memory.store(Stored(dtype, rounded(weights, dtype)), (columns, rows) if transposed else (rows, columns))
     job = make_job(base, [Term(0.7, LowRankDelta(left, right, 2.0, transposed))])
     ours, _ = run_job(functools.partial(TorchKernel, device=device), job, memory)
     theirs, _ = run_job(NumpyKernel, job, memory)
-    a, b = numbers(Stored(dtype, ours)), numbers(Stored(dtype, theirs))
-    assert (np.abs(a - b) <= ulp(b, dtype)).all()
+    assert np.array_equal(ours, theirs)
     assert np.count_nonzero(ours != memory.read_whole(base).view(unsigned(dtype))) > 0
 
 
@@ -72,12 +71,6 @@ def test_rounding_to_odd_leaves_the_last_bit_set_exactly_where_something_was_cut
     values = np.array([1.0, 1 + 2.0**-30, 1 + 2.0**-23 - 2.0**-40, -1 - 2.0**-30, 2.0**-160, -(2.0**-160), 0.0])
     found = _to_odd(torch.from_numpy(values)).view(torch.int32).numpy().view(np.uint32)
     assert found.tolist() == [0x3F800000, 0x3F800001, 0x3F800001, 0xBF800001, 1, 0x80000001, 0]
-
-
-def test_products_are_float32_and_not_tf32(device: str) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = True
-    TorchKernel(Memory().read_whole, device)
-    assert torch.backends.cuda.matmul.allow_tf32 is False
 
 
 def test_a_host_buffer_has_the_size_asked_for_and_can_be_written(device: str) -> None:

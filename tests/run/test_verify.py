@@ -207,10 +207,11 @@ def test_an_input_that_changed_its_values_shows_in_what_is_computed_again(here: 
     assert problem.startswith("h.3.w: is not ")
 
 
-def test_the_sample_is_as_large_as_asked_and_the_same_each_time(here: Path) -> None:
-    first, again, none = tv.verify("out", sample=2), tv.verify("out", sample=2), tv.verify("out", sample=0)
-    assert first.checks == again.checks and "computed again: 2 of 5 edited tensors" in first.checks[-1]
-    assert "computed again: 0 of 5" in none.checks[-1]
+def test_the_sample_is_as_large_as_asked_and_another_each_time(here: Path) -> None:
+    lines = {tv.verify("out", sample=2).checks[-1] for _ in range(30)}
+    assert all("computed again: 2 of 5 edited tensors" in line for line in lines)
+    assert len(lines) > 1
+    assert "computed again: 0 of 5" in tv.verify("out", sample=0).checks[-1]
 
 
 # --- inputs that went away --------------------------------------------------------------------------------------------

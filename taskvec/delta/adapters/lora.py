@@ -99,6 +99,10 @@ class LoraAdapter:
     def inputs(self) -> tuple[Checkpoint, ...]:
         return (self.folder.weights, self.origin) if self.origin else (self.folder.weights,)
 
+    @property
+    def config_sha256(self) -> str:
+        return self.folder.config_sha256
+
     def trained_on(self, origin: Checkpoint) -> LoraAdapter:
         """The same adapter with the base it was trained on, against which its replaced tensors are differences."""
         matched = replace(self, origin=origin)
