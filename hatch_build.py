@@ -30,9 +30,12 @@ class NativeKernelHook(BuildHookInterface):
         if os.environ.get("TASKVEC_NO_NATIVE") == "1" or not compiler:
             return
         made = library.with_suffix(f".{os.getpid()}.tmp")
-        built = subprocess.run([*compiler.split(), *FLAGS, "-o", str(made), str(source)], capture_output=True, text=True)
-        if built.returncode != 0:
-            self.app.display_warning(f"native.c was not compiled, numpy will do its work: {built.stderr[-500:]}")
+        try:
+            command = [*compiler.split(), *FLAGS, "-o", str(made), str(source)]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            detail = getattr(error, "stderr", None) or error
+            self.app.display_warning(f"native.c was not compiled, numpy will do its work: {str(detail)[-500:]}")
             return
         made.replace(library)
         build_data["artifacts"].append("taskvec/run/_native.so")

@@ -17,7 +17,7 @@ from run import environment, remove
 
 
 def many(folder: Path, layers: int = 70, experts: int = 332) -> None:
-    """A mixture-of-experts model of 70,000 small tensors in 20 shards; only the headers matter here."""
+    """A mixture-of-experts model of 70,000 small tensors in one file; only the headers matter here."""
     names = [
         (f"model.layers.{layer}.mlp.experts.{expert}.{kind}_proj.weight", (4, 4))
         for layer in range(layers) for expert in range(experts) for kind in ("gate", "up", "down")

@@ -1,4 +1,4 @@
-"""One command as a whole process: wall and CPU seconds, peak resident and peak anonymous memory (Linux)."""
+"""One command as a whole process: wall and CPU seconds, peak resident and peak anonymous memory of it (Linux)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _POLL = 0.01  # seconds between two looks at /proc; VmHWM is the kernel's own pe
 
 
 class Sample(NamedTuple):
-    """Seconds and MB (1e6 bytes) of one finished process and its children."""
+    """Seconds of one finished process and its children, and MB (1e6 bytes) of the process itself."""
 
     wall: float
     cpu: float

@@ -123,6 +123,7 @@ def race(job: str, work: Path, floor: Path, arguments: argparse.Namespace) -> li
             try:
                 sample = measure(racer.command(out), log=work / "log.txt", env=environment())
             except (RuntimeError, OSError) as error:
+                racer.samples.clear()
                 racer.why_not = str(error).strip().splitlines()[-1][:150]
                 continue
             if number > 0:

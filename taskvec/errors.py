@@ -119,9 +119,14 @@ def show(name: object, limit: int = 200) -> str:
     """`name` with every control, bidi and unprintable character escaped: names come from files and end in a terminal."""
     text = "".join(
         c if c.isprintable() and unicodedata.bidirectional(c) not in _BIDI_CONTROLS else ascii(c)[1:-1]
-        for c in str(name)[: limit + 1]
+        for c in _shortened(str(name), limit)
     )
-    return text[:limit] + "…" if len(text) > limit else text
+    return _shortened(text, limit)
+
+
+def _shortened(text: str, limit: int) -> str:
+    """At most `limit` characters and an ellipsis: of a long path both ends tell, of a long name too."""
+    return text if len(text) <= limit else text[: limit // 2] + "…" + text[len(text) - limit + limit // 2 :]
 
 
 _BIDI_CONTROLS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}

@@ -92,9 +92,10 @@ def test_whatever_is_shown_is_one_printable_line_that_can_be_encoded(name: str) 
 
 def test_a_long_name_is_cut_with_a_mark() -> None:
     assert show("x" * 200) == "x" * 200
-    assert show("x" * 201) == "x" * 200 + "…"
-    assert show("x" * 10_000_000, 5) == "xxxxx…"
-    assert show("\n" * 5, 4) == r"\n\n…"
+    assert show("x" * 201) == "x" * 100 + "…" + "x" * 100
+    assert show("x" * 10_000_000, 5) == "xx…xxx"
+    assert show("/very" * 100 + "/model.safetensors", 40).endswith("/model.safetensors")
+    assert len(show("\n" * 500, 10)) == 11
 
 
 def test_a_listing_names_the_first_and_counts_the_others() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import CheckpointError, MismatchError, show
+from ..errors import CheckpointError, MismatchError, listing, show
 from .checkpoint import Checkpoint
 from .files import read_bytes
 from .locate import read_json
@@ -60,11 +60,16 @@ def side_files(checkpoint: Checkpoint, out_dtype: str | None) -> tuple[list[Side
             hint="Remove that line from the config",
         )
     modules = _module_folders(folder)
-    for name, path in _walk(folder, "", notes):
+    replaced = {shard.path.name for shard in checkpoint.shards} | {"README.md", "taskvec.json"}
+    replaced |= {checkpoint.index.name} if checkpoint.index else set()
+    left: list[str] = []
+    for name, path in _walk(folder, "", notes, left):
         module_weights = name.endswith(".safetensors") and "/" in name and name.partition("/")[0] in modules
         if not module_weights and _denied(name):
             if "/" in name and name.partition("/")[0] in modules and name.endswith(_PICKLED) and not _has_twin(path):
                 notes.append(f"{show(name)}, part of this pipeline, is a pickle: not copied; convert it to safetensors first")
+            elif name not in replaced:
+                left.append(name)
             continue
         if not _inside(path, folder):
             notes.append(f"{show(name)} is a link out of the model folder: not copied")
@@ -72,6 +77,8 @@ def side_files(checkpoint: Checkpoint, out_dtype: str | None) -> tuple[list[Side
         if module_weights:
             notes.append(f"{show(name)} is copied as it is; to edit it too, subtract that file by itself")
         found.append(SideFile(name, path, path.stat().st_size))
+    if left:
+        notes.append(f"not copied, being other weights, training state or the like: {listing(sorted(left))}")
     if out_dtype is not None:
         found = [_with_dtype(f, out_dtype) if f.name == "config.json" else f for f in found]
     return found, notes
@@ -86,14 +93,16 @@ def _denied(name: str) -> bool:
     return last.lower().endswith(_DENIED_SUFFIXES) or bool(_DENIED_NAMES.match(last)) or bool(_DENIED_FOLDERS.match(last))
 
 
-def _walk(folder: Path, prefix: str, notes: list[str]) -> Iterator[tuple[str, Path]]:
+def _walk(folder: Path, prefix: str, notes: list[str], left: list[str]) -> Iterator[tuple[str, Path]]:
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         name = prefix + entry.name
         if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False):
-            if not _DENIED_FOLDERS.match(entry.name):
-                yield from _walk(Path(entry.path), name + "/", notes)
+            if _DENIED_FOLDERS.match(entry.name):
+                left.append(name + "/")
+            else:
+                yield from _walk(Path(entry.path), name + "/", notes, left)
         elif os.path.isfile(entry.path):  # not the entry's own, which raises for a link to itself
             yield name, Path(entry.path)
         else:

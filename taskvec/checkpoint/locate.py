@@ -116,11 +116,20 @@ def _locate_folder(folder: Path) -> Location:
         raise CheckpointError(
             f"{show(folder)}: {len(files)} weight files ({listing(files)}) and no index", hint="Name the file you mean"
         )
+    raise CheckpointError(f"{show(folder)}: {_found_instead(folder, names)}")
+
+
+def _found_instead(folder: Path, names: list[str]) -> str:
+    """What a folder without weights holds, and what to do about it."""
     pickles = [name for name in names if Path(name).suffix in _PICKLES]
-    found = f"only pickles ({listing(pickles)})" if pickles else "no .safetensors file"
-    raise CheckpointError(
-        f"{show(folder)}: {found}, expected safetensors", hint="taskvec never opens pickles; convert them first"
-    )
+    below = [name for name in names if any((folder / name).glob("*.safetensors"))]
+    if ADAPTER_WEIGHTS in names or ADAPTER_CONFIG in names:
+        return "an adapter, expected a model here. Name the model first, then the adapter"
+    if pickles:
+        return f"only pickles ({listing(pickles)}), expected safetensors. taskvec never opens pickles; convert them first"
+    if below:
+        return f"no .safetensors file, but some in {listing(below)}. Name one of those folders"
+    return "no .safetensors file in it. Name a model folder, a .safetensors file or an adapter folder"
 
 
 def _locate_sharded(folder: Path, index: Path, files: list[str]) -> Location:

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from ..errors import UsageError, show
-from ..run.edited import EditedCheckpoint, edited_checkpoint
+from ..errors import UsageError
+from ..run.edited import edited_checkpoint, workers_for
 from ..run.plan import OUT_DTYPES
 from .main import print_json
 from .progress import Progress, print_report
@@ -17,19 +17,10 @@ from .progress import Progress, print_report
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class Alpha(click.ParamType[float]):
-    """Any finite real number."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            self.fail(f"{show(value)} is not a number", param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{show(value)} is not finite", param, ctx)
-        return number
+def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not finite", ctx, param)
+    return value
 
 
 def _options(command: Command) -> Command:
@@ -38,10 +29,12 @@ def _options(command: Command) -> Command:
         [
             click.argument("model"),
             click.argument("old"),
-            click.option("-a", "--alpha", type=Alpha(), required=True, help="Scaling coefficient, any finite real."),
+            click.option(
+                "-a", "--alpha", type=float, callback=_finite, required=True, help="Scaling coefficient, any finite real."
+            ),
             click.option("-o", "--output", required=True, help="A folder, or one file if it ends in .safetensors."),
             click.option("--base", metavar="ORIGIN", help="What OLD was trained from; MODEL if not given."),
-            click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto."),
+            click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, cuda:0,1, cuda:all or auto."),
             click.option("--out-dtype", type=click.Choice(list(OUT_DTYPES)), default="same", show_default=True),
             click.option("--max-shard-size", metavar="SIZE", help="Like 5GB; base's shard map if not given."),
             click.option("--include", multiple=True, metavar="GLOB", help="Edit only these tensors (repeatable)."),
@@ -54,7 +47,7 @@ def _options(command: Command) -> Command:
             click.option("--dry-run", is_flag=True, help="Print the plan; write nothing."),
             click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, also on failure."),
             click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
-            click.option("-v", "--verbose", is_flag=True, help="List every note in full, and per tensor what changed."),
+            click.option("-v", "--verbose", is_flag=True, help="Also list, per tensor, what changed."),
         ]
     ):
         command = decorate(command)
@@ -92,7 +85,14 @@ def _run(
         raise UsageError("--quiet and --verbose exclude each other")
     edited = edited_checkpoint(model, old, coefficient, base)
     if dry_run:
-        _dry_run(edited, output, as_json, quiet, overwrite, options)
+        from ..run.device import open_device
+
+        plan = edited.plan(output=output, overwrite=overwrite, **options)
+        workers_for(plan, open_device(device), jobs, memory)  # refuses what the run would
+        if as_json:
+            print_json({"ok": True, "dry_run": True, "plan": plan.summary()})
+        elif not quiet:
+            click.echo(f"{plan}\ndry run: nothing was written")
         return
     with Progress(quiet=quiet, as_json=as_json, verbose=verbose) as progress:
         report = edited.save(
@@ -103,13 +103,3 @@ def _run(
         print_json(report.summary())
     elif not quiet:
         print_report(report, verbose=verbose)
-
-
-def _dry_run(
-    edited: EditedCheckpoint, output: str, as_json: bool, quiet: bool, overwrite: bool, options: dict[str, Any]
-) -> None:
-    plan = edited.plan(output=output, overwrite=overwrite, **options)
-    if as_json:
-        print_json({"ok": True, "dry_run": True, "plan": plan.summary()})
-    elif not quiet:
-        click.echo(f"{plan}\ndry run: nothing was written")

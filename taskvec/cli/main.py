@@ -92,9 +92,9 @@ def _run() -> int:
             EXIT_USAGE if usage else EXIT_ERROR,
         )
     except (KeyboardInterrupt, click.Abort):
-        return _fail("Interrupted", "interrupted; no output was made", None, EXIT_INTERRUPTED)
+        return _fail("Interrupted", "interrupted; no half-made output is left", None, EXIT_INTERRUPTED)
     except Terminated:
-        return _fail("Terminated", "terminated; no output was made", None, EXIT_TERMINATED)
+        return _fail("Terminated", "terminated; no half-made output is left", None, EXIT_TERMINATED)
     except BrokenPipeError:
         return EXIT_ERROR
     except Exception as error:

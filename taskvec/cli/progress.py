@@ -82,6 +82,7 @@ def print_report(report: Report, *, verbose: bool) -> None:
         ("elements changed", f"{did['elements_changed']:,} of {did['elements_edited']:,} edited ({share:.1%})"),
         ("lost to rounding", f"{did['elements_lost_to_rounding']:,}"),
         ("overflow to inf", f"{did['elements_overflowed']:,}"),
+        *([("inf or NaN", f"{did['elements_not_finite']:,}")] if did["elements_not_finite"] else []),
         ("bytes", f"{human_bytes(report.bytes_read)} read, {human_bytes(report.bytes_written)} written"),
         (
             "time",

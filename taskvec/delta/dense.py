@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..checkpoint.checkpoint import Checkpoint, same_bytes
 from ..checkpoint.header import StoredTensor
-from ..errors import NameMismatchError, ShapeMismatchError, counted, listing, show
+from ..errors import AdapterError, NameMismatchError, ShapeMismatchError, counted, listing, show
 from .source import FLOATS, DenseDelta, Resolved
 
+_ADAPTER_NAMES = re.compile(r"lora_|\.lora\.|hada_w|lokr_w|oft_|\.alpha$|ia3_l|vera_lambda|dora_scale")
 _HEADS = ("lm_head.weight", "embed_out.weight")  # the output embeddings that transformers ties to the input ones
 
 
@@ -89,6 +91,12 @@ def _check_overlap(source: FineTune, base: Checkpoint, found: Resolved, missing:
     if found.deltas or found.compared or not missing:
         return
     other = source.tuned if not any(name in source.tuned.tensors for name in missing) else source.origin
+    factors = [name for name in other.tensors if _ADAPTER_NAMES.search(name)]
+    if factors:
+        raise AdapterError(
+            f"{show(other.path)}: an adapter ({listing(factors, 2)}) without its adapter_config.json, which has the scale",
+            hint="Name the folder that PEFT saved; single-file adapters are not supported",
+        )
     raise NameMismatchError(
         f"{show(other.path)}: no tensor name in common with {show(base.path)}: found "
         f"{listing(other.tensors, 2)}, expected {listing(base.tensors, 2)}",

@@ -15,7 +15,7 @@ from ..checkpoint.locate import locate_adapter
 from ..delta.adapters.lora import LoraAdapter
 from ..delta.source import DenseDelta
 from ..delta.vector import TaskVector, finite, when_added
-from ..errors import AdapterError, UsageError, listing, show
+from ..errors import AdapterError, UsageError, counted, listing, show
 from .jobs import Job
 from .output import RECORD, Staging, Target, check_space, check_target
 from .plan import Options, Plan, factors_to_check, human_bytes, make_plan, parse_bytes
@@ -49,12 +49,20 @@ class Report:
         if self.changes["elements_overflowed"]:
             names = [name for name, did in self.tensors.items() if did.get("overflow")]
             found.append(f"{self.changes['elements_overflowed']} elements overflowed, in {listing(names)}")
+        nonfinite = [name for name, did in self.tensors.items() if did.get("nonfinite", 0) > did.get("overflow", 0)]
+        if nonfinite:
+            count = self.changes["elements_not_finite"] - self.changes["elements_overflowed"]
+            found.append(
+                f"{counted(count, 'element')} of the output inf or NaN, as an input is there, in {listing(nonfinite)}"
+            )
         differ = [name for name, did in self.tensors.items() if did.get("differs")]
         if differ:
             found.append(
                 f"{len(differ)} tensors are not floats and differ in the tuned model; base's were kept: {listing(differ)}"
             )
-        if self.changes["elements_edited"] and not self.changes["elements_changed"]:
+        if not self.changes["elements_edited"]:
+            found.append("nothing was edited: every coefficient is 0")
+        elif not self.changes["elements_changed"]:
             found.append("no element changed: the vector is zero, or every change was lost to rounding")
         return found
 
@@ -133,7 +141,7 @@ class EditedCheckpoint:
         """Compute and write it: a model folder, or one file when `output` ends in `.safetensors`.
 
         The output appears complete, by one rename, or not at all; inputs are only read. The bytes depend on inputs and
-        options alone, not on `device` (full fine-tunes), `jobs` or the run.
+        options alone, not on `device`, `jobs` or the run.
 
         Args:
             device: "cpu", "cuda", "cuda:N" or "auto" (a GPU if there is one).
@@ -158,11 +166,12 @@ class EditedCheckpoint:
         from .device import open_device
 
         where = open_device(device)
+        workers = workers_for(plan, where, jobs, memory)
         if target.single_file:
-            plan = _with_metadata(plan, record.single_file_metadata(plan, target.path))
+            plan = _with_metadata(plan, record.single_file_metadata(plan))
         planned(plan)
         settings = stream.Settings(
-            workers=_workers(plan, where, jobs, memory),
+            workers=workers,
             batch=where.batch,
             fsync=fsync,
             sha256=sha256,
@@ -305,7 +314,7 @@ def _with_metadata(plan: Plan, metadata: dict[str, str]) -> Plan:
     return replace(plan, shards=(shard._replace(header=header, jobs=moved, size=shard.size + shift),))
 
 
-def _workers(plan: Plan, device: Device, jobs: int | None, memory: int | str | None) -> int:
+def workers_for(plan: Plan, device: Device, jobs: int | None, memory: int | str | None) -> int:
     """How many threads: as asked or one per processor, but no more than fit in `memory`. Raises UsageError if none does."""
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs {jobs}, expected at least 1")

@@ -153,7 +153,7 @@ void taskvec_edit(int64_t size, const char *base_bytes, int base_dtype, char *ou
                   int count, int64_t *counts) {
     float base[BLOCK], values[BLOCK], tuned[BLOCK], origin[BLOCK];
     uint32_t touched[BLOCK], differs[BLOCK];
-    char cast[BLOCK * 4];
+    _Alignas(64) char cast[BLOCK * 4];
     const float limit = out_dtype == F16 ? 65520.0f : out_dtype == BF16 ? 3.39617752923046e38f : __builtin_inff();
     for (int64_t at = 0; at < size; at += BLOCK) {
         const int n = size - at < BLOCK ? (int)(size - at) : BLOCK;

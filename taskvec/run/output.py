@@ -7,7 +7,10 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +18,18 @@ from ..checkpoint import files
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder import SideFile
 from ..checkpoint.header import read_header
-from ..errors import CheckpointError, NotEnoughDiskError, OutputError, OutputExistsError, OutputOverlapError, UsageError, show
+from ..checkpoint.locate import read_json
+from ..errors import (
+    CheckpointError,
+    NotEnoughDiskError,
+    OutputError,
+    OutputExistsError,
+    OutputOverlapError,
+    SourceChangedError,
+    UsageError,
+    listing,
+    show,
+)
 from .jobs import METADATA_KEY
 
 RECORD = "taskvec.json"  # in an output folder; a single output file has METADATA_KEY in its `__metadata__` instead
@@ -44,6 +58,8 @@ def check_target(target: Target, inputs: Iterable[Checkpoint], overwrite: bool) 
     OutputExistsError when something is there and may not be replaced; OutputError when no folder can be there."""
     for checkpoint in inputs:
         _check_overlap(target, checkpoint)
+    if Path(os.path.normpath(target.typed)).name in ("", ".."):
+        raise UsageError(f"output {show(target.typed)!r} is not a name", hint="Name a folder that is not the one you are in")
     if not os.path.lexists(target.path):
         above = next(parent for parent in target.path.parents if os.path.lexists(parent))
         if not above.is_dir():
@@ -56,11 +72,28 @@ def check_target(target: Target, inputs: Iterable[Checkpoint], overwrite: bool) 
         raise OutputExistsError(
             f"{show(target.typed)}: is {kind}, which --overwrite does not replace", hint="Remove it first"
         )
+    foreign = [] if target.single_file else _foreign_files(target.path)
+    if foreign:
+        raise OutputExistsError(
+            f"{show(target.typed)}: holds what taskvec did not make ({listing(foreign)}), and --overwrite would delete it",
+            hint="Move it away, or name another output",
+        )
     if not _made_by_taskvec(target):
         raise OutputExistsError(
             f"{show(target.typed)}: not made by taskvec (no record in it), and --overwrite would delete it",
             hint="Remove it yourself, or name another output",
         )
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """Files of an output folder that its record does not list; none when it has no record."""
+    if not (folder / RECORD).is_file():
+        return []
+    content = read_json(folder / RECORD)
+    own = {RECORD, "README.md", *map(str, content.get("side_files") or [])}
+    own |= {str(shard.get("name")) for shard in content.get("shards") or [] if isinstance(shard, dict)}
+    present = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    return [name for name in present if name not in own and not name.endswith(".safetensors.index.json")]
 
 
 def _made_by_taskvec(target: Target) -> bool:
@@ -96,8 +129,10 @@ class Staging:
         self.path = Path(os.path.normpath(os.path.expanduser(target.typed))).parent / name
 
     def __enter__(self) -> Staging:
+        above = self._target.path.parent
+        self._new_parents = [folder for folder in (above, *above.parents) if not folder.exists()]
         try:
-            self._target.path.parent.mkdir(parents=True, exist_ok=True)
+            above.mkdir(parents=True, exist_ok=True)
             self.path.mkdir()
         except OSError as error:
             raise files.os_failure(error, self._target.typed, "cannot create the output there", OutputError) from error
@@ -117,6 +152,11 @@ class Staging:
             return
         source = files.open_input(file.source)
         try:
+            if (size := os.fstat(source).st_size) != file.nbytes:
+                raise SourceChangedError(
+                    f"{show(file.source)}: changed during the run: found {size} bytes, expected {file.nbytes}",
+                    hint="Leave the inputs alone and run again",
+                )
             self._fill(file.name, lambda fd, path: _copy(source, file, fd, path))
         finally:
             os.close(source)
@@ -131,10 +171,12 @@ class Staging:
             for folder in (path for path in (self.path, *self.path.rglob("*")) if path.is_dir()):
                 files.sync_folder(folder)
         try:
-            if overwrite and os.path.lexists(self._target.path):
-                files.rename_exchange(made, self._target.path)
-            else:
-                files.rename_new(made, self._target.path)
+            with _uninterrupted():  # between the rename and the end of the old one there is no half-way
+                if overwrite and os.path.lexists(self._target.path):
+                    files.rename_exchange(made, self._target.path)
+                    shutil.rmtree(self.path, ignore_errors=True)
+                else:
+                    files.rename_new(made, self._target.path)
         except FileExistsError as error:
             raise OutputExistsError(
                 f"{show(self._target.typed)}: appeared while this run was writing; it is left as it is",
@@ -143,7 +185,8 @@ class Staging:
         except OSError as error:
             raise files.os_failure(error, self._target.typed, "cannot rename the finished output", OutputError) from error
         if self._fsync:
-            files.sync_folder(self._target.path.parent)
+            for folder in (self._target.path.parent, *(parent.parent for parent in self._new_parents)):
+                files.sync_folder(folder)
 
     def _fill(self, name: str, write: Callable[[int, Path], None]) -> None:
         path = self.path / name
@@ -155,6 +198,19 @@ class Staging:
                 files.sync(fd, path=path)
         finally:
             os.close(fd)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is done. Signals are the main thread's: in another, this does nothing."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _copy(source: int, file: SideFile, fd: int, path: Path) -> None:

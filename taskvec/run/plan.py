@@ -142,13 +142,13 @@ def make_plan(base: Checkpoint, vector: TaskVector, options: Options, *, single_
     out_dtype = _out_dtype(options)
     base.refuse_quantized()
     keep = _name_filter(options, base, vector)
-    resolved = [(coefficient, source.resolve(base, keep)) for coefficient, source in vector.terms if coefficient != 0]
+    resolved = [(coefficient, source.resolve(base, keep)) for coefficient, source in vector.terms]
     terms = _collect_terms(resolved)
-    if not terms and any(coefficient != 0 for coefficient, _ in vector.terms):
+    if not any(found.deltas for _, found in resolved) and vector.terms:
         raise NameMismatchError(f"{show(base.path)}: no tensor is edited: the vector has no float tensor of its names")
     compared: dict[str, tuple[StoredTensor, ...]] = {}
-    for _, found in resolved:
-        for name, tensor in found.compared.items():
+    for coefficient, found in resolved:
+        for name, tensor in found.compared.items() if coefficient != 0 else ():
             compared[name] = (*compared.get(name, ()), tensor)
     side, notes = ([], []) if single_file else side_files(base, out_dtype)
     shards = _layout(base, terms, compared, options, out_dtype, single_file)
@@ -208,7 +208,8 @@ def _collect_terms(resolved: Iterable[tuple[float, Resolved]]) -> dict[str, tupl
             scale = delta.scale if isinstance(delta, (LowRankDelta, ScaledDelta)) else 1.0
             if abs(coefficient * scale) > _LARGEST_FLOAT32:
                 raise UsageError(f"the coefficient {coefficient * scale:g} of {show(name)} is outside float32")
-            terms[name] = (*terms.get(name, ()), Term(-coefficient, delta))
+            if coefficient != 0:  # nothing of it: base is copied as it is, whatever tuned holds
+                terms[name] = (*terms.get(name, ()), Term(-coefficient, delta))
     return terms
 
 
@@ -281,7 +282,7 @@ def _split(sizes: dict[str, int], limit: int | str) -> list[list[str]]:
 
 def parse_bytes(option: str, size: int | str) -> int:
     """A number of bytes from a number or text like 5GB (decimal, as on the Hub). Raises UsageError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b?)\s*", str(size).lower())
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kmgt]?b?)\s*", str(size).lower())
     number = round(float(found[1]) * 1000 ** " kmgt".index(found[2].rstrip("b") or " ")) if found else 0
     if number <= 0:
         raise UsageError(f"{option} {show(size)}, expected a positive number of bytes or text like 5GB or 500MB")

@@ -28,8 +28,8 @@ FORMAT = 1  # of the record
 CHECKSUM_KIND = "xxh3-128 over the header and the xxh3-128 of every tile"
 
 
-def recipe(plan: Plan, output: Path) -> dict[str, Any]:
-    """What was computed from what: enough to do it again, given the inputs."""
+def recipe(plan: Plan, output: Path | None) -> dict[str, Any]:
+    """What was computed from what: enough to do it again, given the inputs. With `output`, also where they lie from there."""
     return {
         "format": FORMAT,
         "taskvec": __version__,
@@ -55,9 +55,10 @@ def full_record(plan: Plan, result: RunResult, output: Path) -> dict[str, Any]:
     }
 
 
-def single_file_metadata(plan: Plan, output: Path) -> dict[str, str]:
-    """`__metadata__` of a single output file: the recipe, and the place its checksum will take."""
-    content = {**recipe(plan, output), "checksum_kind": CHECKSUM_KIND, "checksum": CHECKSUM_PLACE}
+def single_file_metadata(plan: Plan) -> dict[str, str]:
+    """`__metadata__` of a single output file: the recipe, and the place its checksum will take. The same wherever the file
+    is written, since it is part of it."""
+    content = {**recipe(plan, None), "checksum_kind": CHECKSUM_KIND, "checksum": CHECKSUM_PLACE}
     return {METADATA_KEY: json.dumps(content, ensure_ascii=False, sort_keys=True)}
 
 
@@ -136,7 +137,7 @@ def _counts(counts: Counts) -> dict[str, int]:
     return {key: value for key, value in found.items() if value or key == "changed"}
 
 
-def _source(source: DeltaSource, output: Path) -> dict[str, Any]:
+def _source(source: DeltaSource, output: Path | None) -> dict[str, Any]:
     if isinstance(source, FineTune):
         return {"tuned": _input(source.tuned, output), "origin": _input(source.origin, output)}
     assert isinstance(source, LoraAdapter)
@@ -147,13 +148,13 @@ def _source(source: DeltaSource, output: Path) -> dict[str, Any]:
     return found
 
 
-def _input(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
+def _input(checkpoint: Checkpoint, output: Path | None) -> dict[str, Any]:
     files = [
         {"name": shard.path.name, "bytes": shard.identity.size, "header_sha256": shard.header_sha256}
         for shard in checkpoint.shards
     ]
     found: dict[str, Any] = {"name": checkpoint.label, "files": files}
     here, path = Path.cwd().resolve(), Path(os.path.abspath(checkpoint.path))
-    if path.is_relative_to(here) and output.is_relative_to(here):
+    if output is not None and path.is_relative_to(here) and output.is_relative_to(here):
         found["from_output"] = Path(os.path.relpath(path, output)).as_posix()
     return found

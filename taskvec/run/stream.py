@@ -145,6 +145,7 @@ class _ShardRun:
 class _Run:
     def __init__(self, plan: Plan, folder: Path, settings: Settings) -> None:
         self._settings = settings
+        self._single_file = plan.single_file
         self._shards = [_ShardRun(shard, folder, settings.batch) for shard in plan.shards]
         self._open = list(self._shards)
         self._inputs = files.InputFiles(plan.identities)
@@ -233,9 +234,11 @@ class _Run:
         """The header goes in last, so that a file without its data never loads; then flush and close."""
         assert shard.fd is not None
         checksum = shard.checksum()
-        header = shard.plan.header.replace(CHECKSUM_PLACE.encode(), checksum.encode(), 1)
+        header = shard.plan.header
+        if self._single_file:  # its record is in the header itself
+            header = header.replace(CHECKSUM_PLACE.encode(), checksum.encode(), 1)
         files.write_all(shard.fd, memoryview(header), 0, path=shard.path)
-        digest = _sha256(shard.fd, shard.plan.size, shard.path) if self._settings.sha256 else None
+        digest = _sha256(shard.fd, shard.plan.size, shard.path, self._stop) if self._settings.sha256 else None
         if self._settings.fsync:
             files.sync(shard.fd, path=shard.path)
         os.close(shard.fd)
@@ -296,7 +299,7 @@ class Worker:
 
     def copy(self, step: Step) -> list[bytes]:
         """An untouched run: shared with base where the file system can, else written as it was read. Read it is either way,
-        for its checksum; given that, copy_file_range costs more than writing what was just read (docs/performance.md).
+        for its checksum; given that, copy_file_range would save nothing over writing what was just read.
         """
         assert step.shard.fd is not None
         stored, unit, digests = step.job.base, unit_bytes(step.job.dtype), []
@@ -354,9 +357,11 @@ def _digest(data: Raw) -> bytes:
     return xxhash.xxh3_128_digest(data.data)
 
 
-def _sha256(fd: int, size: int, path: Path) -> str:
+def _sha256(fd: int, size: int, path: Path, stop: threading.Event) -> str:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASHED))
     for at in range(0, size, _HASHED):
+        if stop.is_set():
+            break
         part = buffer[: min(_HASHED, size - at)]
         files.read_exact(fd, part, at, path=path)
         digest.update(part)

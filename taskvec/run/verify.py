@@ -115,7 +115,7 @@ def _check_data(checkpoint: Checkpoint, content: dict[str, Any], found: Verifica
     files = InputFiles({shard.path: shard.identity for shard in checkpoint.shards})
     try:
         for shard in checkpoint.shards:
-            checksum, nonfinite = _scan(shard, files, recorded.get(shard.path.name))
+            checksum, nonfinite = _scan(shard, files, recorded.get(shard.path.name), checkpoint.folder is None)
             if recorded.get(shard.path.name) != checksum:
                 found.problems.append(
                     f"{show(shard.path.name)}: checksum {checksum}, expected {recorded.get(shard.path.name)}"
@@ -131,10 +131,10 @@ def _check_data(checkpoint: Checkpoint, content: dict[str, Any], found: Verifica
     found.checks.append(f"checksums: {checkpoint.nbytes} bytes of tensors; inf and NaN counted")
 
 
-def _scan(shard: Shard, files: InputFiles, recorded: object) -> tuple[str, dict[str, int]]:
+def _scan(shard: Shard, files: InputFiles, recorded: object, own_record: bool) -> tuple[str, dict[str, int]]:
     """The checksum of one weight file, and the tensors with inf or NaN in them.
 
-    `recorded`: the checksum it should have, which a single file has in its own header, where it is left out.
+    `recorded`: the checksum it should have; `own_record`: it is in the file's own header, where it is left out.
     """
     import numpy as np
     import xxhash
@@ -157,7 +157,9 @@ def _scan(shard: Shard, files: InputFiles, recorded: object) -> tuple[str, dict[
                     nonfinite[tensor.name] = nonfinite.get(tensor.name, 0) + int((~np.isfinite(values)).sum())
     header = bytearray(shard.identity.size - sum(tensor.nbytes for tensor in shard.tensors))
     files.read(shard.path, memoryview(header), 0, "")
-    planned = bytes(header).replace(str(recorded).encode("utf-8", "replace"), CHECKSUM_PLACE.encode(), 1)
+    planned = bytes(header)
+    if own_record:
+        planned = planned.replace(str(recorded).encode("utf-8", "replace"), CHECKSUM_PLACE.encode(), 1)
     return xxhash.xxh3_128_hexdigest(planned + b"".join(digests)), nonfinite
 
 

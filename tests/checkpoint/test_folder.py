@@ -77,7 +77,14 @@ def test_what_a_model_needs_comes_along_under_its_name(name: str, folder: Path) 
 @pytest.mark.parametrize("name", DENIED)
 def test_weights_training_state_and_hidden_files_stay_behind(name: str, folder: Path) -> None:
     place(folder, name)
-    assert along(folder) == ({}, [])
+    found, notes = along(folder)
+    assert found == {}
+    unsaid = name.startswith(".") or "/." in name or name.rpartition("/")[2] in ("README.md", "taskvec.json")
+    assert len(notes) == (0 if unsaid else 1)
+    if notes:  # by its name, or that of the folder it is in
+        (left,) = notes
+        assert left.startswith("not copied, being other weights, training state or the like: ")
+        assert name.startswith(left.partition(": ")[2])
 
 
 def test_the_weights_of_the_model_itself_are_no_side_files(folder: Path) -> None:
@@ -232,7 +239,10 @@ def test_the_weights_of_the_modules_of_a_pipeline_come_along(folder: Path) -> No
     found, notes = along(folder)
     assert list(found) == ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "modules.json"]
     assert found["2_Dense/model.safetensors"] == SideFile("2_Dense/model.safetensors", path, 10)
-    assert notes == ["2_Dense/model.safetensors is copied as it is; to edit it too, subtract that file by itself"]
+    assert notes == [
+        "2_Dense/model.safetensors is copied as it is; to edit it too, subtract that file by itself",
+        "not copied, being other weights, training state or the like: 2_Dense/pytorch_model.bin, 3_Left/model.safetensors",
+    ]
 
 
 def test_a_module_that_is_only_a_pickle_is_named(folder: Path) -> None:

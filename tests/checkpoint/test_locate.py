@@ -130,7 +130,13 @@ def test_a_pickle_is_refused_by_its_name(suffix: str, tmp_path: Path) -> None:
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert f"{tmp_path}: no .safetensors file, expected safetensors" in refusal(lambda: locate(tmp_path))
+    assert f"{tmp_path}: no .safetensors file in it. Name a model folder" in refusal(lambda: locate(tmp_path))
+
+
+def test_weights_in_folders_below_are_pointed_to(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    weights(tmp_path / "unet" / "x.safetensors")
+    assert "but some in unet. Name one of those folders" in refusal(lambda: locate(tmp_path))
 
 
 def test_several_weight_files_and_no_index_are_refused_by_name(tmp_path: Path) -> None:
@@ -277,7 +283,7 @@ def test_a_folder_of_adapter_and_model_is_refused_and_their_files_are_not(tmp_pa
 
 
 def test_an_adapter_is_not_the_weights_of_a_model_folder(tmp_path: Path) -> None:
-    assert "no .safetensors file" in refusal(lambda: locate(adapter(tmp_path)))
+    assert "an adapter, expected a model here. Name the model first" in refusal(lambda: locate(adapter(tmp_path)))
 
 
 def test_an_absent_adapter_is_refused(tmp_path: Path) -> None:

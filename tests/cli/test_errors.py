@@ -52,7 +52,7 @@ FAILURES = {
     "a pattern without a tensor": Failure((*RUN, "--include", "h.7.*"), 2, "UsageError", ("--include", "h.7.*", "base")),
     "alpha is nan": Failure(("subtract", "base", "old", "-a", "nan", "-o", "out"), 2, "UsageError", ("nan", "--help")),
     "alpha is inf": Failure(("add", "base", "old", "-a", "-inf", "-o", "out"), 2, "UsageError", ("-inf",)),
-    "alpha is text": Failure(("add", "base", "old", "-a", "much", "-o", "out"), 2, "UsageError", ("much", "number")),
+    "alpha is text": Failure(("add", "base", "old", "-a", "much", "-o", "out"), 2, "UsageError", ("much", "float")),
     "no alpha": Failure(("subtract", "base", "old", "-o", "out"), 2, "UsageError", ("--alpha",)),
     "no output": Failure(("subtract", "base", "old", "-a", "1"), 2, "UsageError", ("--output",)),
     "no inputs": Failure(("subtract", "-a", "1", "-o", "out"), 2, "UsageError", ("MODEL",)),
@@ -213,7 +213,7 @@ def test_an_old_output_survives_a_run_that_fails(taskvec: Command, here: Path, m
 def test_ctrl_c_is_130_and_leaves_nothing(taskvec: Command, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "execute", fail_after(0, KeyboardInterrupt, stream.execute))
     outcome = taskvec(*RUN, "--json")
-    assert outcome.code == 130 and outcome.err.strip() == "taskvec: interrupted; no output was made"
+    assert outcome.code == 130 and outcome.err.strip() == "taskvec: interrupted; no half-made output is left"
     assert json.loads(outcome.out)["exit_code"] == 130
     assert {path.name for path in here.iterdir()} == set(INPUTS)
 
@@ -293,7 +293,7 @@ def test_a_signal_ends_the_run_cleanly(number: signal.Signals, code: int, word: 
     before = snapshot(here, *INPUTS)
     done = interrupted(here, number)
     assert done.returncode == code
-    assert done.stderr.lstrip("\n") == f"taskvec: {word}; no output was made\n"  # click begins a new line after ^C
+    assert done.stderr.lstrip("\n") == f"taskvec: {word}; no half-made output is left\n"  # click begins a new line after ^C
     assert snapshot(here, *INPUTS) == before
     assert {path.name for path in here.iterdir()} == set(INPUTS)
 

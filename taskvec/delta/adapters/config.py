@@ -61,7 +61,10 @@ class AdapterFolder:
     def quantized_base(self) -> str | None:
         """The base it names, when that name says 4-bit or 8-bit: the adapter also learned that base's rounding."""
         name = self.config.get("base_model_name_or_path")
-        return name if isinstance(name, str) and re.search(r"bnb-?4bit|bnb-?8bit|-4bit$|-8bit$", name) else None
+        if not isinstance(name, str) or not re.search(r"bnb-?4bit|bnb-?8bit|-4bit$|-8bit$", name):
+            return None
+        path_like = name.startswith(("/", "~", "."))  # of the machine that trained it
+        return name.rpartition("/")[2] if path_like else name
 
     def refuse(self, reason: str, hint: str | None = None) -> AdapterError:
         return AdapterError(f"{show(self.path / ADAPTER_CONFIG)}: {reason}", hint=hint)
