@@ -90,6 +90,11 @@ class Step(NamedTuple):
     tiles: tuple[Tile, ...]
 
     @property
+    def offset(self) -> int:
+        """Where its output begins, in bytes of the file."""
+        return self.job.offset + self.tiles[0].start * unit_bytes(self.job.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of output."""
         return sum(tile.units for tile in self.tiles) * unit_bytes(self.job.dtype)
@@ -194,6 +199,8 @@ class _Run:
                 if step is None:
                     return
                 digests, counts = worker.carry(step)
+                if self._settings.fsync and step.shard.fd is not None:
+                    files.start_flush(step.shard.fd, step.offset, step.nbytes)
                 self._settle(step, digests, counts)
         except BaseException as failure:  # carried to the calling thread, which raises it
             with self._lock:
@@ -294,8 +301,7 @@ class Worker:
     def write(self, step: Step, out: Raw) -> None:
         """To their final place in the output file."""
         assert step.shard.fd is not None
-        offset = step.job.offset + step.tiles[0].start * unit_bytes(step.job.dtype)
-        files.write_all(step.shard.fd, out.data, offset, path=step.shard.path)
+        files.write_all(step.shard.fd, out.data, step.offset, path=step.shard.path)
 
     def copy(self, step: Step) -> list[bytes]:
         """An untouched run: shared with base where the file system can, else written as it was read. Read it is either way,
@@ -303,8 +309,7 @@ class Worker:
         """
         assert step.shard.fd is not None
         stored, unit, digests = step.job.base, unit_bytes(step.job.dtype), []
-        first = step.tiles[0].start * unit
-        into = step.job.offset + first
+        first, into = step.tiles[0].start * unit, step.offset
         with self._inputs.reading(stored.path) as fd:
             shared = files.share_range(fd, step.shard.fd, stored.offset + first, into, step.nbytes)
         for tile in step.tiles:
