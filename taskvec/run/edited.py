@@ -23,7 +23,7 @@ from .plan import Options, Plan, factors_to_check, human_bytes, make_plan, parse
 if TYPE_CHECKING:
     from ..checkpoint.files import InputFiles
     from .device import Device
-    from .stream import ShardResult
+    from .stream import RunResult, Settings, ShardResult
 
 PathLike = str | os.PathLike[str]
 
@@ -179,18 +179,7 @@ class EditedCheckpoint:
             progress=progress,
             shard_done=shard_done,
         )
-        with Staging(target, fsync=fsync) as staging:
-            result = stream.execute(plan, staging.path, settings)
-            if not target.single_file:
-                for file in plan.side:
-                    staging.copy(file)
-                if len(plan.shards) > 1:
-                    staging.write(
-                        plan.shards[0].name.split("-00001-")[0] + ".safetensors.index.json", record.index_json(plan)
-                    )
-                staging.write("README.md", record.card(plan, result))
-                staging.write(RECORD, record.as_json(record.full_record(plan, result, target.path)))
-            staging.commit(overwrite=overwrite)
+        result = _write(plan, target, settings, overwrite)
         seconds = time.perf_counter() - started
         return Report(
             output=target.path,
@@ -211,6 +200,24 @@ class EditedCheckpoint:
         from ..delta.vector import formula
 
         return f"EditedCheckpoint({self.base.label} {formula(self.vector)})"
+
+
+def _write(plan: Plan, target: Target, settings: Settings, overwrite: bool) -> RunResult:
+    """Everything of the output into a staging folder, weights first, its record last; then the one rename."""
+    from . import record, stream
+
+    with Staging(target, fsync=settings.fsync) as staging:
+        result = stream.execute(plan, staging.path, settings)
+        if not target.single_file:
+            for file in plan.side:
+                staging.copy(file)
+            if len(plan.shards) > 1:
+                stem = plan.shards[0].name.split("-00001-")[0]
+                staging.write(f"{stem}.safetensors.index.json", record.index_json(plan))
+            staging.write("README.md", record.card(plan, result))
+            staging.write(RECORD, record.as_json(record.full_record(plan, result, target.path)))
+        staging.commit(overwrite=overwrite)
+    return result
 
 
 def subtract(
