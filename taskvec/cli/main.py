@@ -60,7 +60,7 @@ def taskvec() -> None:
 def main() -> NoReturn:
     """Run the command line and exit. No traceback unless TASKVEC_DEBUG=1."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the run has its own threads; a pool of BLAS only costs start-up
-    gc.set_threshold(100_000)  # plans are many small objects without cycles: looking for some takes a third of the time
+    gc.set_threshold(100_000)  # plans are many small objects without cycles: do not look for some
     signal.signal(signal.SIGTERM, _terminate)
     code = _run()
     try:

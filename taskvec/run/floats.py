@@ -1,7 +1,7 @@
 """Stored floats to float32/float64 and back in numpy, each by one rounding to nearest-even, without the formula.
 
-numpy has no bfloat16 or float8, and its float16 casts are done in software (5 to 8 times slower than these, measured in
-benchmarks/); so the bits are moved here, in whole-array operations on buffers the caller owns.
+numpy has no bfloat16 or float8, and casts float16 one number at a time; so the bits are moved here, in whole-array operations
+on buffers the caller owns.
 """
 
 from __future__ import annotations

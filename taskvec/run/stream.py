@@ -23,7 +23,7 @@ from .jobs import CHECKSUM_PLACE, TILE_BYTES, Job, ShardPlan, Tile, batches, mer
 from .kernel import Counts, NumpyKernel, ReadWhole
 from .plan import Plan
 
-_READ_AHEAD = 8 << 20  # bytes; one block ahead hides the latency of a cold disk, more was no faster
+_READ_AHEAD = 8 << 20  # bytes; one block ahead, so that a cold disk does not wait for the request
 _COPIED = 8 << 20  # bytes of an untouched tensor that are shared at once, where they can be
 _HASHED = 1 << 20  # bytes per read when a finished file is hashed with SHA-256
 _POLL = 0.1  # seconds between two looks of the main thread; Ctrl-C is seen this soon
