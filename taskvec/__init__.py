@@ -22,14 +22,19 @@ from .errors import (
 )
 from .insight.inspect import Inspection, inspect
 from .run.edited import EditedCheckpoint, Report, add, subtract
+from .run.extract import SavedVector, extract
+from .run.in_memory import Applied, applied, apply_
+from .run.lora.extract import ExtractedLora, extract_lora
 from .run.plan import Plan
 from .run.verify import Verification, verify
 
 __all__ = [
     "AdapterError",
+    "Applied",
     "Checkpoint",
     "CheckpointError",
     "EditedCheckpoint",
+    "ExtractedLora",
     "HeaderError",
     "Inspection",
     "MismatchError",
@@ -41,6 +46,7 @@ __all__ = [
     "Plan",
     "QuantizedError",
     "Report",
+    "SavedVector",
     "ShapeMismatchError",
     "SourceChangedError",
     "TaskVector",
@@ -50,6 +56,10 @@ __all__ = [
     "VerificationError",
     "__version__",
     "add",
+    "applied",
+    "apply_",
+    "extract",
+    "extract_lora",
     "inspect",
     "subtract",
     "verify",

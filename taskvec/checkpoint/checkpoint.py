@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +13,24 @@ from typing import Any
 
 from ..errors import CheckpointError, QuantizedError, listing, show
 from .files import FileIdentity, InputFiles
-from .header import Header, StoredTensor, read_header
+from .header import DTYPE_BITS, Header, StoredTensor, read_header
 from .locate import Location, locate, read_json
 
-_COMPARED = 1 << 20  # bytes per read when two stored tensors are compared
+_COMPARED = 1 << 20  # bytes, or elements, per read when two stored tensors are compared
 _QUANTIZED_SUFFIXES = (
     ".absmax", ".quant_map", ".nested_absmax", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4",
     ".SCB", ".qweight", ".qzeros", ".g_idx", ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".input_scale",
     ".weight_packed",
 )  # fmt: skip
+
+
+# Set by the room that knows what a difference is: (base, tuned) -> TaskVector. Rooms do not import upwards.
+_difference: list[Callable[[Checkpoint, Checkpoint], Any]] = []
+
+
+def when_subtracted(make: Callable[[Checkpoint, Checkpoint], Any]) -> None:
+    """Register what `tuned - base` makes."""
+    _difference[:] = [make]
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,12 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @cached_property
+    def shapes_sha256(self) -> str:
+        """A fingerprint of the names and shapes of its tensors, whatever their dtypes, files and order."""
+        lines = sorted(f"{tensor.name} {list(tensor.shape)}" for tensor in self.tensors.values())
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "backslashreplace")).hexdigest()
+
     def refuse_quantized(self) -> None:
         """Raise QuantizedError if the stored numbers are not the weights themselves."""
         hint = "Subtract from the unquantised model, then quantise the result"
@@ -95,6 +110,20 @@ class Checkpoint:
             raise QuantizedError(
                 f"{show(self.path)}: quantised weights, found {listing(companions)}; expected plain floats", hint=hint
             )
+
+    def __sub__(self, other: Any) -> Any:
+        """tuned − base: the TaskVector between two checkpoints. (checkpoint − vector is the vector's doing.)"""
+        return _difference[0](other, self) if isinstance(other, Checkpoint) else NotImplemented
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, Checkpoint):
+            raise TypeError("weights + weights has no meaning; add what one learned: base + (tuned − base)")
+        return NotImplemented
+
+    def __mul__(self, factor: Any = None) -> Any:
+        raise TypeError("weights · number has no meaning; scale what was learned: base + 0.5 * (tuned − base)")
+
+    __rmul__ = __truediv__ = __neg__ = __mul__
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.label!r}: {len(self.tensors)} tensors, {self.nbytes} bytes, {len(self.shards)} shards)"
@@ -130,15 +159,45 @@ def _check_index(location: Location, tensors: dict[str, StoredTensor]) -> None:
 
 def same_bytes(left: StoredTensor, right: StoredTensor) -> bool:
     """Whether two stored tensors of one dtype and shape have the same bytes. Reads them, a little at a time."""
+    return all(one == other for one, other in _side_by_side((left, 1), (right, 1), left.nbytes))
+
+
+def same_values(left: StoredTensor, right: StoredTensor) -> bool:
+    """Whether two stored float tensors of one shape hold the same numbers, as far as the coarser of their dtypes tells them
+    apart. Reads them, a little at a time."""
+    coarser = min(left.dtype, right.dtype, key=("F8_E5M2", "F8_E4M3", "BF16", "F16", "F32", "F64").index)
+    sizes = [(stored, DTYPE_BITS[stored.dtype] // 8) for stored in (left, right)]
+    for one, other in _side_by_side(sizes[0], sizes[1], left.elements):
+        if _rounded(one, left.dtype, coarser) != _rounded(other, right.dtype, coarser):
+            return False
+    return True
+
+
+def _rounded(data: bytes, dtype: str, coarser: str) -> bytes:
+    import numpy as np
+
+    from .floats import decode, encode
+
+    count = len(data) * 8 // DTYPE_BITS[dtype]
+    values = decode(np.frombuffer(data, np.uint8), dtype, np.empty(count, np.float64))
+    out = np.empty(count * DTYPE_BITS[coarser] // 8, np.uint8)
+    encode(values, coarser, out, np.empty(count, np.uint32))
+    return out.tobytes()
+
+
+def _side_by_side(
+    left: tuple[StoredTensor, int], right: tuple[StoredTensor, int], units: int
+) -> Iterator[tuple[bytes, bytes]]:
+    """The bytes of both tensors, some of the units of so many bytes after others."""
     files = InputFiles({})
-    one, other = bytearray(_COMPARED), bytearray(_COMPARED)
     try:
-        for at in range(0, left.nbytes, _COMPARED):
-            size = min(_COMPARED, left.nbytes - at)
-            files.read(left.path, memoryview(one)[:size], left.offset + at, left.name)
-            files.read(right.path, memoryview(other)[:size], right.offset + at, right.name)
-            if one[:size] != other[:size]:
-                return False
-        return True
+        for first in range(0, units, _COMPARED):
+            count = min(_COMPARED, units - first)
+            pair = []
+            for stored, unit in (left, right):
+                part = bytearray(count * unit)
+                files.read(stored.path, memoryview(part), stored.offset + first * unit, stored.name)
+                pair.append(bytes(part))
+            yield pair[0], pair[1]
     finally:
         files.close()

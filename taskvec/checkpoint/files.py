@@ -13,7 +13,7 @@ import stat
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,10 @@ _BLOCK = 4096  # bytes; what file systems share when they share
 _FICLONERANGE = 0x4020940D  # linux/fs.h
 _LARGEST_CALL = 1 << 30  # bytes; Linux moves at most 0x7ffff000 per call
 _MOST_OPEN = 32  # input descriptors kept open at once
+
+
+# Tensors that are in memory are read as files are, under paths that no file has: path -> (buffer to fill, first byte).
+IN_MEMORY: dict[Path, Callable[[memoryview, int], None]] = {}
 
 
 class FileIdentity(NamedTuple):
@@ -221,6 +225,10 @@ class InputFiles:
                 self._users[path] -= 1
 
     def read(self, path: Path, buffer: memoryview, offset: int, tensor: str) -> None:
+        """Fill `buffer` from byte `offset` of the file on."""
+        if path in IN_MEMORY:
+            IN_MEMORY[path](buffer, offset)
+            return
         with self.reading(path) as fd:
             read_exact(fd, buffer, offset, path=path, tensor=tensor)
 

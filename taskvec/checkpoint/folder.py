@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,11 +43,11 @@ class SideFile(NamedTuple):
     content: bytes | None = None
 
 
-def side_files(checkpoint: Checkpoint, out_dtype: str | None) -> tuple[list[SideFile], list[str]]:
+def side_files(checkpoint: Checkpoint, out_dtype: str | None, changes: Mapping[str, Any]) -> tuple[list[SideFile], list[str]]:
     """What comes along from the model folder, in the order of the names, and notes on what does not.
 
-    `out_dtype` is the dtype of all floats of the output when it is not base's; config.json is then changed to say so,
-    and is byte-identical otherwise.
+    `out_dtype` is the dtype of all floats of the output when it is not base's; `changes` are other values of config.json
+    that the output changes. It is byte-identical to base's if there are none.
     """
     found: list[SideFile] = []
     notes: list[str] = []
@@ -79,8 +79,8 @@ def side_files(checkpoint: Checkpoint, out_dtype: str | None) -> tuple[list[Side
         found.append(SideFile(name, path, path.stat().st_size))
     if left:
         notes.append(f"not copied, being other weights, training state or the like: {listing(sorted(left))}")
-    if out_dtype is not None:
-        found = [_with_dtype(f, out_dtype) if f.name == "config.json" else f for f in found]
+    if out_dtype is not None or changes:
+        found = [_changed_config(f, out_dtype, changes) if f.name == "config.json" else f for f in found]
     return found, notes
 
 
@@ -125,12 +125,14 @@ def _module_folders(folder: Path) -> set[str]:
         return set()
 
 
-def _with_dtype(file: SideFile, out_dtype: str) -> SideFile:
-    """config.json with the dtype of the output; every other value is kept, and so is the order of the keys."""
+def _changed_config(file: SideFile, out_dtype: str | None, changes: Mapping[str, Any]) -> SideFile:
+    """config.json of the output; every other value is kept, and so is the order of the keys."""
     config = read_json(file.source)
     if out_dtype in _TORCH_NAMES:
         config.setdefault("torch_dtype" if "torch_dtype" in config else "dtype", None)
         _set_dtype(config, _TORCH_NAMES[out_dtype])
+    for part in (config, *(v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict))):
+        part.update({key: value for key, value in changes.items() if part is config or key in part})
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     content = text.encode(errors="backslashreplace")  # a lone surrogate is written as its JSON escape again
     return file._replace(content=content, nbytes=len(content))

@@ -1,23 +1,31 @@
 """From what the user typed to the files of a checkpoint or an adapter on disk. Names are checked before anything opens.
 
 A model folder holds `X.safetensors.index.json` and its shards, or one `.safetensors` file; an adapter folder holds
-`adapter_config.json` and `adapter_model.safetensors` (the PEFT layout). Nothing here touches the network.
+`adapter_config.json` and `adapter_model.safetensors` (the PEFT layout), or is a file like any other, known by its tensors'
+names. Nothing here touches the network.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, listing, show
 from .files import os_failure, read_bytes
+from .header import read_header
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _MODEL, _MODEL_INDEX = "model.safetensors", "model" + _INDEX_SUFFIX  # what transformers looks for
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+_FACTORS = re.compile(  # what adapters of kohya, LyCORIS, diffusers and PEFT are made of
+    r"\.(lora_(down|up|mid|A|B)(\.default)?\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?|dora_scale"
+    r"|(lora|lora_linear_layer|to_(q|k|v|out)_lora)\.(down|up)\.weight|hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?"
+    r"|oft_(blocks|diag)|glora_[ab][12]\.weight)$"
+)
 _LARGEST_JSON = 256 << 20  # bytes; the index of a model with a million tensors is about 100 MB
 
 
@@ -44,6 +52,15 @@ def locate(source: str | os.PathLike[str]) -> Location:
 
 
 def locate_adapter(source: str | os.PathLike[str]) -> Path | None:
+    """The adapter that `source` is: a PEFT folder (or the weight file inside one), or a file, or a folder with only that
+    file, most of whose tensors have the names of an adapter's factors. None if it is none.
+
+    Raises CheckpointError when the file cannot be read.
+    """
+    return locate_peft(source) or _locate_single(existing(source))
+
+
+def locate_peft(source: str | os.PathLike[str]) -> Path | None:
     """The folder of a PEFT adapter if `source` is one (or is the weight file inside one), else None."""
     path = existing(source)
     folder = path if path.is_dir() else path.parent
@@ -58,6 +75,24 @@ def locate_adapter(source: str | os.PathLike[str]) -> Path | None:
             hint=f"Name the one you mean: {ADAPTER_WEIGHTS} or {rivals[0]}",
         )
     return folder
+
+
+def _locate_single(path: Path) -> Path | None:
+    files = [path]
+    if path.is_dir():
+        files = [file for file in path.glob("*.safetensors") if not file.name.startswith(".")]
+        if any(path.glob("*" + _INDEX_SUFFIX)):
+            return None
+    if len(files) != 1 or files[0].suffix in _PICKLES:
+        return None
+    return path if _is_adapter([tensor.name for tensor in read_header(files[0]).tensors]) else None
+
+
+def _is_adapter(names: list[str]) -> bool:
+    """Whether most of the names are factors'. A model that keeps adapters of its own is a model: it has the weights that
+    they are added to, which PEFT calls base_layer."""
+    factors = sum(1 for name in names if _FACTORS.search(name))
+    return 0 < len(names) <= 2 * factors and not any(name.endswith(".base_layer.weight") for name in names)
 
 
 def existing(source: str | os.PathLike[str]) -> Path:

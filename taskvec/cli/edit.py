@@ -1,14 +1,18 @@
-"""`taskvec subtract` and `taskvec add`."""
+"""`taskvec subtract`, `taskvec add`, and `taskvec lora merge` (whose group is in lora.py)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import click
 
-from ..errors import UsageError
+from ..checkpoint.locate import locate_adapter
+from ..delta.vector import TaskVector
+from ..delta.weighting import Depth, Scaled
+from ..errors import UsageError, show
 from ..run.edited import edited_checkpoint, workers_for
 from ..run.plan import OUT_DTYPES
 from .main import print_json
@@ -23,17 +27,31 @@ def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
     return value
 
 
+def _arguments(old: str, alpha: float | None = None) -> Callable[[Command], Command]:
+    """MODEL and what is added to it or subtracted, and --alpha, which has to be given unless it has a value here."""
+    shown: dict[str, Any] = {"required": True} if alpha is None else {"default": alpha, "show_default": True}
+
+    def decorate(command: Command) -> Command:
+        scale = click.option(
+            "-a", "--alpha", type=float, callback=_finite, help="Scaling coefficient, any finite real.", **shown
+        )
+        return click.argument("model")(click.argument("old", metavar=old)(scale(command)))
+
+    return decorate
+
+
 def _options(command: Command) -> Command:
-    """The arguments and options that `subtract` and `add` share, in the order of --help."""
+    """The options that the verbs share, in the order of --help."""
     for decorate in reversed(
         [
-            click.argument("model"),
-            click.argument("old"),
-            click.option(
-                "-a", "--alpha", type=float, callback=_finite, required=True, help="Scaling coefficient, any finite real."
-            ),
             click.option("-o", "--output", required=True, help="A folder, or one file if it ends in .safetensors."),
             click.option("--base", metavar="ORIGIN", help="What OLD was trained from; MODEL if not given."),
+            click.option(
+                "--alpha-for", multiple=True, metavar="GLOB=A", help="Another α for tensors of this name (repeatable)."
+            ),
+            click.option("--alpha-layers", metavar="A:B", help="α from A in the first layer to B in the last."),
+            click.option("--mask", metavar="FILE", help="Multiply the difference by these tensors, element by element."),
+            click.option("--force-base", is_flag=True, help="Take a saved vector for a model it was not made for."),
             click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, cuda:0,1, cuda:all or auto."),
             click.option("--out-dtype", type=click.Choice(list(OUT_DTYPES)), default="same", show_default=True),
             click.option("--max-shard-size", metavar="SIZE", help="Like 5GB; base's shard map if not given."),
@@ -55,35 +73,91 @@ def _options(command: Command) -> Command:
 
 
 @click.command(epilog="Example: taskvec subtract base old-lora --alpha 1 -o edited")
+@_arguments("OLD")
 @_options
 def subtract(alpha: float, **options: Any) -> None:
     """MODEL − α·(OLD − MODEL): take away what OLD learned.
 
-    MODEL is a .safetensors file or a model folder; OLD is a fine-tuned copy of it, or a PEFT LoRA adapter folder. With
-    --base ORIGIN: MODEL − α·(OLD − ORIGIN).
+    MODEL is a .safetensors file or a model folder; OLD is a fine-tuned copy of it, or an adapter (a PEFT folder, or a
+    Kohya, LyCORIS or diffusers file). With --base ORIGIN: MODEL − α·(OLD − ORIGIN).
     """
-    _run(coefficient=-alpha, **options)
+    _run(sign=-1.0, alpha=alpha, **options)
 
 
 @click.command(epilog="Example: taskvec add base new --alpha 0.5 -o edited")
+@_arguments("OLD")
 @_options
 def add(alpha: float, **options: Any) -> None:
     """MODEL + α·(OLD − MODEL): put in what OLD learned.
 
-    MODEL is a .safetensors file or a model folder; OLD is a fine-tuned copy of it, or a PEFT LoRA adapter folder. With
-    --base ORIGIN: MODEL + α·(OLD − ORIGIN).
+    MODEL is a .safetensors file or a model folder; OLD is a fine-tuned copy of it, or an adapter (a PEFT folder, or a
+    Kohya, LyCORIS or diffusers file). With --base ORIGIN: MODEL + α·(OLD − ORIGIN).
     """
-    _run(coefficient=alpha, **options)
+    _run(sign=1.0, alpha=alpha, **options)
+
+
+@click.command(short_help="Add an adapter to its model.", epilog="Example: taskvec lora merge base my-lora -o merged")
+@_arguments("ADAPTER", alpha=1.0)
+@_options
+def merge(alpha: float, old: str, **options: Any) -> None:
+    """MODEL + α·ADAPTER: what the adapter's own library calls merging, with nothing loaded and one rounding.
+
+    The same as `taskvec add`, of an adapter only. Any family that is read may be merged, not LoRA alone.
+    """
+    if locate_adapter(old) is None:
+        raise UsageError(
+            f"{show(old)}: not an adapter", hint="Name the folder PEFT saved, or add a full model with `taskvec add`"
+        )
+    _run(sign=1.0, alpha=alpha, old=old, **options)
+
+
+def weighted(
+    vector: TaskVector, alpha: float, alpha_for: tuple[str, ...], alpha_layers: str | None, mask: str | None
+) -> TaskVector:
+    """α·vector, where α is that of the first --alpha-for that matches, else of --alpha-layers, else --alpha."""
+    patterns = tuple(_pattern(text) for text in alpha_for)
+    depth = None if alpha_layers is None else _depth(alpha_layers)
+    if patterns or depth:
+        vector = TaskVector(tuple((c, Scaled(source, patterns, depth, alpha)) for c, source in vector.terms))
+    else:
+        vector = alpha * vector
+    return vector.masked(mask) if mask is not None else vector
+
+
+def _pattern(text: str) -> tuple[str, float]:
+    pattern, equals, number = text.rpartition("=")
+    if not equals or not pattern:
+        raise UsageError(f"--alpha-for {show(text)!r}, expected GLOB=A, as in '*.mlp.*=0.5'")
+    return pattern, _number("--alpha-for", number)
+
+
+def _depth(text: str) -> Depth:
+    first, colon, last = text.partition(":")
+    if not colon:
+        raise UsageError(f"--alpha-layers {show(text)!r}, expected A:B, as in 0:0.6")
+    return Depth(_number("--alpha-layers", first), _number("--alpha-layers", last))
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"{option}: {show(text)!r} is not a finite number")
+    return number
 
 
 def _run(
-    *, model: str, old: str, coefficient: float, base: str | None, output: str, dry_run: bool, as_json: bool, quiet: bool,
-    verbose: bool, no_fsync: bool, device: str, jobs: int | None, memory: str | None, overwrite: bool, sha256: bool,
+    *, model: str, old: str, sign: float, alpha: float, base: str | None, output: str, dry_run: bool, as_json: bool,
+    quiet: bool, verbose: bool, no_fsync: bool, device: str, jobs: int | None, memory: str | None, overwrite: bool,
+    sha256: bool, alpha_for: tuple[str, ...], alpha_layers: str | None, mask: str | None, force_base: bool,
     **options: Any,
 ) -> None:  # fmt: skip
     if quiet and verbose:
         raise UsageError("--quiet and --verbose exclude each other")
-    edited = edited_checkpoint(model, old, coefficient, base)
+    edited = edited_checkpoint(model, old, 1.0, base, force_base=force_base)
+    edited = replace(edited, vector=sign * weighted(edited.vector, alpha, alpha_for, alpha_layers, mask))
     if dry_run:
         from ..run.device import open_device
 

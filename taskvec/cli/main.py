@@ -19,6 +19,8 @@ from ..errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE, 
 _COMMANDS = {  # verb -> (module, attribute); a module is imported when its verb is used
     "subtract": ("edit", "subtract"),
     "add": ("edit", "add"),
+    "extract": ("extract", "extract"),
+    "lora": ("lora", "lora"),
     "inspect": ("inspect", "inspect"),
     "verify": ("verify", "verify"),
 }

@@ -94,8 +94,8 @@ def _check_overlap(source: FineTune, base: Checkpoint, found: Resolved, missing:
     factors = [name for name in other.tensors if _ADAPTER_NAMES.search(name)]
     if factors:
         raise AdapterError(
-            f"{show(other.path)}: an adapter ({listing(factors, 2)}) without its adapter_config.json, which has the scale",
-            hint="Name the folder that PEFT saved; single-file adapters are not supported",
+            f"{show(other.path)}: holds tensors of an adapter ({listing(factors, 2)}), and is read as a model here",
+            hint="Give its path: an adapter is not opened as a Checkpoint",
         )
     raise NameMismatchError(
         f"{show(other.path)}: no tensor name in common with {show(base.path)}: found "

@@ -9,10 +9,9 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.header import StoredTensor
-from ..checkpoint.locate import locate_adapter
+from ..checkpoint.locate import locate_adapter, locate_peft
 from ..delta.adapters import open_adapter
 from ..delta.adapters.config import AdapterFolder
-from ..delta.adapters.lora import LoraAdapter
 from ..errors import TaskvecError
 
 
@@ -55,41 +54,30 @@ class Inspection:
 
 
 def inspect(source: str | os.PathLike[str]) -> Inspection:
-    """Names, shapes, dtypes and sizes of a `.safetensors` file, a model folder or a PEFT adapter folder.
+    """Names, shapes, dtypes and sizes of a `.safetensors` file, a model folder or an adapter.
 
-    Reads headers (and adapter_config.json) only. Raises CheckpointError when it cannot be read; an adapter that taskvec
-    refuses is still inspected, and `refused` says why.
+    Reads headers (and adapter_config.json, and an adapter's scalars) only. Raises CheckpointError when it cannot be read;
+    an adapter that taskvec refuses is still inspected, and `refused` says why.
     """
-    folder = locate_adapter(source)
+    folder = locate_peft(source)
     if folder is None:
-        return _inspection(Checkpoint.open(source))
+        weights = Checkpoint.open(source)
+        return _inspection(weights) if locate_adapter(source) is None else _inspection(weights, *_adapter(source, {}))
     adapter = AdapterFolder.open(folder)
-    summary: dict[str, Any] = {"family": adapter.family, "base": adapter.config.get("base_model_name_or_path")}
-    refused = None
+    known = {"family": adapter.family, "base": adapter.config.get("base_model_name_or_path")}
+    return _inspection(adapter.weights, *_adapter(folder, known))
+
+
+def _adapter(source: str | os.PathLike[str], known: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """What there is to know about an adapter beyond what is `known`, and why it is refused, if it is."""
     try:
-        family = open_adapter(folder)
-        if isinstance(family, LoraAdapter):
-            summary |= _lora(family)
+        adapter = open_adapter(source)
+        return {"family": adapter.family, **known, **adapter.summary()}, None
     except TaskvecError as error:
-        refused = str(error)
-    return _inspection(adapter.weights, summary, refused)
+        return known, str(error)
 
 
 def _inspection(checkpoint: Checkpoint, adapter: dict[str, Any] | None = None, refused: str | None = None) -> Inspection:
     files = [{"name": s.path.name, "bytes": s.identity.size, "tensors": len(s.tensors)} for s in checkpoint.shards]
     metadata = {key: value for shard in checkpoint.shards for key, value in shard.metadata.items()}
     return Inspection(checkpoint.label, files, list(checkpoint.tensors.values()), metadata, adapter, refused)
-
-
-def _lora(adapter: LoraAdapter) -> dict[str, Any]:
-    ranks = Counter(pair.a.shape[0] for pair in adapter.pairs.values())
-    scales = Counter(adapter.scale(module) for module in adapter.pairs)
-    targets = Counter(module.rpartition(".")[2] for module in adapter.pairs)
-    return {
-        "modules": len(adapter.pairs),
-        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
-        "scales": {f"{scale:.6g}": count for scale, count in sorted(scales.items())},
-        "rslora": bool(adapter.folder.config.get("use_rslora")),
-        "targets": dict(targets),
-        "replaced": sorted(adapter.values),
-    }

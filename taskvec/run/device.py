@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from ..errors import TaskvecError, UsageError, show
 from .jobs import TILE_BYTES
-from .kernel import ReadWhole
+from .kernel import ReadStored
 from .native import cpu_kernel
 from .stream import Kernel
 
-_GPU_BATCH = 16 << 20  # bytes of output per trip to the GPU: launches and the interpreter then cost nothing against copies
+GPU_BATCH = 16 << 20  # bytes of output per trip to the GPU: launches and the interpreter then cost nothing against copies
 _GPU_WORKERS = 8  # each with its own stream: while one reads, others copy in, compute, copy out and write
 
 
@@ -23,7 +23,7 @@ class Device(NamedTuple):
     there should be, None for one per processor."""
 
     name: str
-    make_kernel: Callable[[ReadWhole], Kernel]
+    make_kernel: Callable[[ReadStored], Kernel]
     batch: int = TILE_BYTES
     workers: int | None = None
 
@@ -64,5 +64,5 @@ def _gpus(numbers: list[int]) -> Device:
     turn = itertools.cycle(numbers)
     name = "cuda:" + ",".join(map(str, numbers))
     return Device(
-        name, lambda read_whole: TorchKernel(read_whole, f"cuda:{next(turn)}"), _GPU_BATCH, _GPU_WORKERS * len(numbers)
+        name, lambda read_stored: TorchKernel(read_stored, f"cuda:{next(turn)}"), GPU_BATCH, _GPU_WORKERS * len(numbers)
     )

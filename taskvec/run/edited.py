@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.header import StoredTensor, encode_header
 from ..checkpoint.locate import locate_adapter
-from ..delta.adapters.lora import LoraAdapter
-from ..delta.source import DenseDelta
+from ..delta.source import FLOATS, AdapterSource, stored_tensors
+from ..delta.stored import StoredVector, told
 from ..delta.vector import TaskVector, finite, when_added
+from ..delta.weighting import leaf
 from ..errors import AdapterError, UsageError, counted, listing, show
 from .jobs import Job
 from .output import RECORD, Staging, Target, check_space, check_target
-from .plan import Options, Plan, factors_to_check, human_bytes, make_plan, parse_bytes
+from .plan import Options, Plan, human_bytes, make_plan, parse_bytes
 
 if TYPE_CHECKING:
+    import torch
+
     from ..checkpoint.files import InputFiles
     from .device import Device
     from .stream import RunResult, Settings, ShardResult
@@ -61,7 +64,7 @@ class Report:
                 f"{len(differ)} tensors are not floats and differ in the tuned model; base's were kept: {listing(differ)}"
             )
         if not self.changes["elements_edited"]:
-            found.append("nothing was edited: every coefficient is 0")
+            found.append("nothing was edited: every coefficient is 0, or the vector holds nothing")
         elif not self.changes["elements_changed"]:
             found.append("no element changed: the vector is zero, or every change was lost to rounding")
         return found
@@ -193,6 +196,21 @@ class EditedCheckpoint:
             device=where.name,
         )
 
+    def tensors(self, *, device: str = "cpu", **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the output as (name, torch tensor), in the order of base's files: the bits `save` would write.
+
+        One tensor is held at a time. `options`: out_dtype, include, exclude as in `save`. Raises as `plan` does.
+        """
+        plan = make_plan(self.base, self.vector, Options(**options), single_file=True)
+        check_factors(plan)
+        from .live import edited_tensors
+
+        yield from edited_tensors(plan, device)
+
+    def state_dict(self, *, device: str = "cpu", **options: Any) -> dict[str, torch.Tensor]:
+        """All of `tensors` as a dict, for `model.load_state_dict`."""
+        return dict(self.tensors(device=device, **options))
+
     def _inputs(self) -> list[Checkpoint]:
         return [self.base, *(checkpoint for _, source in self.vector.terms for checkpoint in source.inputs)]
 
@@ -205,6 +223,7 @@ class EditedCheckpoint:
 def _write(plan: Plan, target: Target, settings: Settings, overwrite: bool) -> RunResult:
     """Everything of the output into a staging folder, weights first, its record last; then the one rename."""
     from . import record, stream
+    from .card import card
 
     with Staging(target, fsync=settings.fsync) as staging:
         result = stream.execute(plan, staging.path, settings)
@@ -214,7 +233,7 @@ def _write(plan: Plan, target: Target, settings: Settings, overwrite: bool) -> R
             if len(plan.shards) > 1:
                 stem = plan.shards[0].name.split("-00001-")[0]
                 staging.write(f"{stem}.safetensors.index.json", record.index_json(plan))
-            staging.write("README.md", record.card(plan, result))
+            staging.write("README.md", card(plan, result))
             staging.write(RECORD, record.as_json(record.full_record(plan, result, target.path)))
         staging.commit(overwrite=overwrite)
     return result
@@ -231,7 +250,7 @@ def subtract(
 ) -> Report:
     """model − alpha · (old − base): what `taskvec subtract` does. `options` are those of `EditedCheckpoint.save`.
 
-    `old` is a tuned checkpoint, a PEFT adapter folder or a TaskVector; `base` is what it was trained from, by default
+    `old` is a tuned checkpoint, an adapter, a saved vector or a TaskVector; `base` is what it was trained from, by default
     `model`. `alpha` is any finite real number (Ni et al. 2024, eq. 4, where it is λ).
     """
     return edited_checkpoint(model, old, -finite(alpha, "alpha"), base).save(output, **options)
@@ -255,29 +274,42 @@ def edited_checkpoint(
     old: TaskVector | Checkpoint | PathLike,
     coefficient: float,
     base: Checkpoint | PathLike | None,
+    *,
+    force_base: bool = False,
 ) -> EditedCheckpoint:
-    """model + coefficient · (old − base), lazily; `old` and `base` as in `subtract`."""
-    edited = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+    """model + coefficient · (old − base), lazily; `old` and `base` as in `subtract`. `force_base`: of a saved vector."""
+    edited = _opened(model)
     if isinstance(old, TaskVector):
         if base is not None:
             raise UsageError("base says what `old` was trained from, and a TaskVector knows that already")
         return EditedCheckpoint(edited, coefficient * old)
-    origin = edited if base is None else base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    origin = None if base is None else _opened(base)
     if not isinstance(old, Checkpoint) and locate_adapter(old) is not None:
-        vector = TaskVector.from_adapter(old, None if base is None else origin)
-    else:
-        vector = TaskVector.between(origin, old)
-    return EditedCheckpoint(edited, coefficient * vector)
+        return EditedCheckpoint(edited, coefficient * TaskVector.from_adapter(old, origin))
+    opened = _opened(old)
+    if told(opened) is not None:
+        if origin is not None:
+            raise UsageError(f"base says what {show(opened.label)} was trained from, and a saved vector knows that already")
+        return EditedCheckpoint(edited, coefficient * TaskVector(((1.0, StoredVector.open(opened, force_base=force_base)),)))
+    if force_base:
+        raise UsageError(f"force_base is for saved vectors, and {show(opened.label)} is none")
+    return EditedCheckpoint(edited, coefficient * TaskVector.between(edited if origin is None else origin, opened))
+
+
+def _opened(source: Checkpoint | PathLike) -> Checkpoint:
+    return source if isinstance(source, Checkpoint) else Checkpoint.open(source)
 
 
 def check_factors(plan: Plan) -> None:
     """Raises AdapterError naming the first adapter tensor that holds NaN or inf: the product would spread it."""
     from ..checkpoint.files import InputFiles
 
+    adapters = [found.weights for _, source in plan.vector.terms if isinstance(found := leaf(source), AdapterSource)]
+    paths = {shard.path for weights in adapters for shard in weights.shards}
     files = InputFiles(plan.identities)
     try:
-        for stored in (*factors_to_check(plan), *_replaced(plan)):
-            if not _is_finite(stored, files):
+        for stored in stored_tensors(delta for job in plan.jobs for _, delta, _ in job.terms):
+            if stored.path in paths and stored.dtype in FLOATS and not _is_finite(stored, files):
                 raise AdapterError(
                     f"{show(stored.path)}: tensor {show(stored.name)}: holds NaN or inf, expected finite numbers",
                     hint="The training diverged; take an earlier step of it",
@@ -286,18 +318,10 @@ def check_factors(plan: Plan) -> None:
         files.close()
 
 
-def _replaced(plan: Plan) -> list[StoredTensor]:
-    """The tensors of adapters that hold new values (modules_to_save, biases), as far as they are used."""
-    adapters = [source.folder.weights for _, source in plan.vector.terms if isinstance(source, LoraAdapter)]
-    paths = {shard.path for weights in adapters for shard in weights.shards}
-    dense = (delta for job in plan.jobs for _, delta in job.terms if isinstance(delta, DenseDelta))
-    return [delta.tuned for delta in dense if delta.tuned.path in paths]
-
-
 def _is_finite(stored: StoredTensor, files: InputFiles) -> bool:
     import numpy as np
 
-    from .floats import decode
+    from ..checkpoint.floats import decode
     from .jobs import tiles, unit_bytes
 
     unit = unit_bytes(stored.dtype)

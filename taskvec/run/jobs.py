@@ -6,18 +6,19 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..checkpoint.header import DTYPE_BITS, StoredTensor
-from ..delta.source import FLOATS, Delta, DenseDelta, LowRankDelta
+from ..delta.source import FLOATS, Delta, DenseDelta, FormulaDelta, LowRankDelta, ScaledDelta
 
 TILE_BYTES = 1 << 20  # of output; larger writes make ext4 ask for large folios, which costs more than it saves
-METADATA_KEY = "taskvec"  # of `__metadata__`, for what a single output file says about itself
+KEPT_FACTORS, LARGE_FACTOR = 2, 1 << 20  # an adapter's tensors of so many decoded bytes are kept for the next job
 CHECKSUM_PLACE = "the-checksum-of-a-file-goes-here"  # in a planned header; the run puts its 32 hex digits there
 
 
 class Term(NamedTuple):
-    """One Δ and the finite α it is subtracted with: edited = base − α·Δ."""
+    """One Δ and the finite α it is subtracted with: edited = base − α·Δ, or − α·(mask ⊙ Δ), of as many masks as there are."""
 
     alpha: float
     delta: Delta
+    masks: tuple[StoredTensor, ...] = ()
 
 
 class Job(NamedTuple):
@@ -43,18 +44,28 @@ class Job(NamedTuple):
     def elementwise(self) -> tuple[StoredTensor, ...]:
         """Every stored tensor that is read tile by tile, base first, each once."""
         found = {self.base: None}
-        for _, delta in self.terms:
+        for _, delta, masks in self.terms:
+            found.update(dict.fromkeys(masks))
             if isinstance(delta, DenseDelta):
                 found[delta.tuned] = found[delta.origin] = None
-            elif not isinstance(delta, LowRankDelta):
+            elif isinstance(delta, ScaledDelta):
                 found[delta.value] = None
+            elif isinstance(delta, FormulaDelta) and delta.formula.uses_weight:
+                found[delta.origin] = None
         found.update(dict.fromkeys(self.compared))
         return tuple(found)
 
     @property
     def factors(self) -> tuple[StoredTensor, ...]:
-        """Every stored tensor that is read whole: the factors of low-rank terms."""
-        return tuple(t for _, delta in self.terms if isinstance(delta, LowRankDelta) for t in (delta.left, delta.right))
+        """Every stored tensor of an adapter that is read whole."""
+        found = (d.tensors for _, d, _ in self.terms if isinstance(d, (LowRankDelta, FormulaDelta)))
+        return tuple(dict.fromkeys(tensor for tensors in found for tensor in tensors))
+
+    @property
+    def surveyed(self) -> tuple[StoredTensor, ...]:
+        """What has to be read before the first tile can be computed: then one worker carries the whole tensor."""
+        formulas = [delta for _, delta, _ in self.terms if isinstance(delta, FormulaDelta)]
+        return tuple(delta.origin for delta in formulas if delta.formula.surveys_weight)
 
 
 class ShardPlan(NamedTuple):
@@ -85,6 +96,17 @@ def unit_bytes(dtype: str) -> int:
     return DTYPE_BITS[dtype] // 8 if dtype in FLOATS else 1
 
 
+def matrix_shape(tensor: StoredTensor) -> tuple[int, int]:
+    """Rows and columns of a float tensor: all axes but the first are one; a single axis is one row."""
+    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    return rows, tensor.elements // max(1, rows)
+
+
+def tile_height(dtype: str, columns: int) -> int:
+    """How many whole rows a tile has, or 1."""
+    return max(1, TILE_BYTES // unit_bytes(dtype) // max(1, columns))
+
+
 def tiles(dtype: str, shape: tuple[int, ...], nbytes: int) -> Iterator[Tile]:
     """Cut an output tensor into tiles of at most TILE_BYTES: floats by rows, everything else as a run of bytes.
 
@@ -97,7 +119,7 @@ def tiles(dtype: str, shape: tuple[int, ...], nbytes: int) -> Iterator[Tile]:
     columns = nbytes // unit_bytes(dtype) // rows
     most = TILE_BYTES // unit_bytes(dtype)
     if columns <= most:
-        step = most // columns
+        step = tile_height(dtype, columns)
         for row in range(0, rows, step):
             height = min(step, rows - row)
             yield Tile(row * columns, height * columns, row, height, 0, columns)

@@ -3,6 +3,7 @@
     r = f32(base) − f32(α)·Δ,   Δ = f32(tuned) − f32(origin)   each operation rounded to float32, no fused multiply-add;
     several terms accumulate in the order written; then ONE rounding, to nearest-even, into the output dtype.
     float64 tensors: the same in float64. Low-rank Δ: f32(α·s) is folded into `left`, then the products are added in order.
+    Δ by another formula: computed in float64, rounded to float32 once, and multiplied by f32(α).
 
 Task arithmetic: Ilharco et al. 2023 (section 2); subtraction before learning: Ni et al. 2024, eq. 3-4. An element that no
 term changes keeps base's bits, NaN and ±inf included; a NaN the arithmetic makes is the canonical one.
@@ -10,18 +11,20 @@ term changes keeps base's bits, NaN and ±inf included; a NaN the arithmetic mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint.floats import FORMATS, INTEGERS, Floats, Raw, canonical_nan, decode, encode, reaches, words
 from ..checkpoint.header import StoredTensor
-from ..delta.source import DenseDelta, LowRankDelta
-from .floats import FORMATS, Floats, Raw, canonical_nan, decode, encode, reaches, words
-from .jobs import Job, Tile, unit_bytes
+from ..delta.source import DenseDelta, FormulaDelta, LowRankDelta
+from .jobs import KEPT_FACTORS, LARGE_FACTOR, Job, Tile, matrix_shape, tile_height, unit_bytes
+
+_SURVEYED = 1 << 19  # elements of a weight that a survey is given at once, or one row
 
 
 @dataclass
@@ -50,7 +53,10 @@ class Counts:
         self.differs += other.differs
 
 
-ReadWhole = Callable[[StoredTensor], Raw]
+class ReadStored(Protocol):
+    """Reads `nbytes` bytes of a stored tensor, from byte `start` of it on, into memory of their own."""
+
+    def __call__(self, stored: StoredTensor, start: int, nbytes: int) -> Raw: ...
 
 
 def subtract_scaled(xp: ModuleType, accumulator: Any, delta: Any, alpha: float) -> None:
@@ -76,10 +82,11 @@ def single(number: float) -> float:
 class NumpyKernel:
     """The scratch memory of one worker thread, reused for every tile. Not thread-safe; make one per thread."""
 
-    def __init__(self, read_whole: ReadWhole) -> None:
-        self._read_whole = read_whole
+    def __init__(self, read_stored: ReadStored) -> None:
+        self._read_stored = read_stored
         self._scratch: dict[tuple[str, str], NDArray[Any]] = {}
-        self._factors: tuple[Job, list[tuple[Floats, Floats]]] | None = None
+        self._prepared: tuple[Job, dict[int, Any]] | None = None
+        self._read: dict[tuple[StoredTensor, type], Floats] = {}
 
     def host_buffer(self, nbytes: int) -> Raw:
         """Plain memory."""
@@ -126,11 +133,29 @@ class NumpyKernel:
     def _delta(
         self, job: Job, position: int, tile: Tile, raw: Mapping[StoredTensor, Raw], out: Floats, base: Floats | None
     ) -> tuple[NDArray[np.bool_], float]:
-        """Δ of one term into `out`; where it is nothing, and the factor that is still to be multiplied in.
+        """Δ of one term into `out`, times its masks; where it is nothing, and the factor that is still to be multiplied in.
 
         `base` is base's decoded tile while nothing was subtracted from it yet.
         """
-        alpha, delta = job.terms[position]
+        same, alpha = self._unmasked(job, position, tile, raw, out, base)
+        for mask in job.terms[position].masks:
+            weight = self._mask(mask, raw[mask], out)
+            np.multiply(out, weight, out=out)
+            np.add(out, 0, out=out)  # −0 to +0, as below
+            np.logical_or(same, weight == 0, out=same)
+        return same, alpha
+
+    def _mask(self, mask: StoredTensor, raw: Raw, like: Floats) -> Floats:
+        out: Floats = self._buffer("mask", like.dtype.str[1:], len(like))
+        if mask.dtype in FORMATS:
+            return decode(raw, mask.dtype, out)
+        np.copyto(out, raw.view(INTEGERS[mask.dtype]))
+        return out
+
+    def _unmasked(
+        self, job: Job, position: int, tile: Tile, raw: Mapping[StoredTensor, Raw], out: Floats, base: Floats | None
+    ) -> tuple[NDArray[np.bool_], float]:
+        alpha, delta, masks = job.terms[position]
         same = self._buffer("same" if position == 0 else "also", "?", tile.units)
         if isinstance(delta, DenseDelta):
             tuned = decode(raw[delta.tuned], delta.tuned.dtype, out)
@@ -144,8 +169,15 @@ class NumpyKernel:
         if isinstance(delta, LowRankDelta):
             self._product(job, position, tile, out)
             return np.equal(out, 0, out=same), 1.0
-        decode(raw[delta.value], delta.value.dtype, out)
-        np.multiply(out, out.dtype.type(alpha * delta.scale), out=out)
+        if isinstance(delta, FormulaDelta):
+            self.evaluate(job, position, tile, raw, out)
+        else:
+            decode(raw[delta.value], delta.value.dtype, out)
+            alpha *= delta.scale
+        if masks:  # α comes after them, as for a fine-tune
+            np.negative(out, out=out) if alpha < 0 else None
+            return np.equal(out, 0, out=same), abs(alpha)
+        np.multiply(out, out.dtype.type(alpha), out=out)
         np.add(out, 0, out=out)  # −0 to +0: subtracting it must not turn base's −0 to +0
         return np.equal(out, 0, out=same), 1.0
 
@@ -160,11 +192,54 @@ class NumpyKernel:
             np.equal(tuned.view(bits), origin.view(bits), out=same)
             same |= np.isnan(tuned) & np.isnan(origin)  # dtypes and devices disagree on payloads
 
+    def evaluate(self, job: Job, position: int, tile: Tile, raw: Mapping[StoredTensor, Raw], out: Floats) -> None:
+        """Δ of a term that has a formula, rounded to float32.
+
+        It is evaluated in blocks of rows that do not depend on the batch: a BLAS may give other bits for other heights.
+        """
+        delta = job.terms[position].delta
+        assert isinstance(delta, FormulaDelta)
+        state, weight = self.prepared(job, position), None
+        width = delta.columns or matrix_shape(job.base)[1]
+        if delta.formula.uses_weight:
+            weight = decode(raw[delta.origin], delta.origin.dtype, np.empty(tile.units, np.float64)).reshape(-1, width)
+        height = tile_height(job.dtype, width)
+        start, end = tile.start, tile.start + tile.units
+        top = start // width
+        for first in range(top - top % height, -(-end // width), height):
+            last = min(first + height, job.base.elements // width)
+            given = None if weight is None else weight[first - top : last - top]
+            block = delta.formula.delta(state, slice(first, last), given).astype(np.float32).reshape(-1)
+            low, high = max(start, first * width), min(end, last * width)
+            out[low - start : high - start] = block[low - first * width : high - first * width]
+
+    def prepared(self, job: Job, position: int) -> Any:
+        """What the tiles of a job have in common: the two factors of a low-rank term, the state of a formula."""
+        if self._prepared is None or self._prepared[0] is not job:
+            self._prepared = (job, {})
+            self._forget()
+        states = self._prepared[1]
+        if position not in states:
+            alpha, delta, _ = job.terms[position]
+            if isinstance(delta, LowRankDelta):
+                states[position] = self._load_factors(alpha, delta)
+            elif isinstance(delta, FormulaDelta):
+                tensors = [self._whole(tensor, np.float64) for tensor in delta.tensors]
+                states[position] = delta.formula.prepare(tensors, lambda: self._blocks(delta.origin))
+        return states[position]
+
+    def _blocks(self, stored: StoredTensor) -> Iterator[Floats]:
+        """A stored weight from its first row to its last, in float64, some rows at a time."""
+        (rows, columns), unit = matrix_shape(stored), unit_bytes(stored.dtype)
+        step = max(1, _SURVEYED // columns)
+        for row in range(0, rows, step):
+            units = min(step, rows - row) * columns
+            raw = self._read_stored(stored, row * columns * unit, units * unit)
+            yield decode(raw, stored.dtype, np.empty(units, np.float64)).reshape(-1, columns)
+
     def _product(self, job: Job, position: int, tile: Tile, out: Floats) -> None:
         """α·s·(left @ right), or its transpose, of one tile: [rows, r] @ [r, columns] in float32."""
-        if self._factors is None or self._factors[0] is not job:
-            self._factors = (job, self._load_factors(job))
-        rows, columns = self._factors[1][position]
+        rows, columns = self.prepared(job, position)
         left = rows[tile.row : tile.row + tile.rows]
         right = columns[:, tile.column : tile.column + tile.columns]
         product = out if out.dtype == np.float32 else self._buffer("product", "f4", tile.units)
@@ -181,23 +256,32 @@ class NumpyKernel:
             np.multiply(left[:, k, None], right[k], out=step)
             np.add(out, step, out=out)
 
-    def _load_factors(self, job: Job) -> list[tuple[Floats, Floats]]:
-        """Per term the two factors as (what gives rows, what gives columns) of the stored weight, α·s folded in."""
-        loaded = []
-        for alpha, delta in job.terms:
-            if not isinstance(delta, LowRankDelta):
-                loaded.append((np.empty((0, 0), np.float32),) * 2)
-                continue
-            left = self._whole(delta.left)  # [out, r]
-            right = self._whole(delta.right)  # [r, in]
-            np.multiply(left, np.float32(alpha * delta.scale), out=left)
-            pair = (np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)) if delta.transposed else (left, right)
-            loaded.append(pair)
-        return loaded
+    def _load_factors(self, alpha: float, delta: LowRankDelta) -> tuple[Floats, Floats]:
+        """The two factors as (what gives rows, what gives columns) of the stored weight, α·s folded in."""
+        left, right = delta.factors(*(self._whole(tensor, np.float32) for tensor in delta.tensors))  # [out, r], [r, in]
+        left = np.multiply(left, np.float32(alpha * delta.scale), dtype=np.float32)
+        if delta.transposed:
+            left, right = right.T, left.T
+        return np.ascontiguousarray(left), np.ascontiguousarray(right)
 
-    def _whole(self, tensor: StoredTensor) -> Floats:
-        out = np.empty(tensor.elements, np.float32)
-        return decode(self._read_whole(tensor), tensor.dtype, out).reshape(tensor.shape)
+    def _forget(self) -> None:
+        """Let go of what was read for another job, but for the last large tensors: each of many experts is a part of them."""
+        large = [key for key, values in self._read.items() if values.nbytes >= LARGE_FACTOR]
+        self._read = {key: self._read[key] for key in large[-KEPT_FACTORS:]}
+
+    def _whole(self, tensor: StoredTensor, kind: type[np.floating[Any]]) -> Floats:
+        """A tensor of an adapter, read once for a job however many terms name it."""
+        key = (tensor, kind)
+        if key in self._read:
+            self._read[key] = self._read.pop(key)  # the last to be forgotten
+        else:
+            raw = self._read_stored(tensor, 0, tensor.nbytes)
+            if tensor.dtype in FORMATS:
+                values = decode(raw, tensor.dtype, np.empty(tensor.elements, kind))
+            else:
+                values = raw.view(INTEGERS[tensor.dtype]).astype(kind)
+            self._read[key] = values.reshape(tensor.shape)
+        return self._read[key]
 
     def _cast(self, job: Job, tile: Tile, raw: Mapping[StoredTensor, Raw]) -> Raw:
         """base's own values in the output dtype: what `changed` is measured against when the dtype changes."""
@@ -219,7 +303,8 @@ class NumpyKernel:
         untouched = np.ones(tile.units, bool)
         finite = np.ones(tile.units, bool)
         for stored in job.elementwise:
-            finite &= np.isfinite(decode(raw[stored], stored.dtype, np.empty(tile.units, np.float64)))
+            if stored.dtype in FORMATS:
+                finite &= np.isfinite(decode(raw[stored], stored.dtype, np.empty(tile.units, np.float64)))
         for position in range(len(job.terms)):
             delta = self._buffer("delta", values.dtype.str[1:], tile.units)
             untouched &= self._delta(job, position, tile, raw, delta, None)[0]

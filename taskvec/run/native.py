@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.floats import Raw
 from ..checkpoint.header import StoredTensor
 from ..delta.source import DenseDelta
-from .floats import Raw
 from .jobs import Job, Tile, unit_bytes
-from .kernel import Counts, NumpyKernel, ReadWhole, single
+from .kernel import Counts, NumpyKernel, ReadStored, single
 
 LIBRARY = Path(__file__).with_name("_native.so")
 _DTYPES = {"F32": 0, "F16": 1, "BF16": 2}  # as in native.c
@@ -48,9 +48,9 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
-def cpu_kernel(read_whole: ReadWhole) -> NumpyKernel:
+def cpu_kernel(read_stored: ReadStored) -> NumpyKernel:
     """The fastest kernel there is here for the CPU."""
-    return NumpyKernel(read_whole) if _library() is None else NativeKernel(read_whole)
+    return NumpyKernel(read_stored) if _library() is None else NativeKernel(read_stored)
 
 
 class NativeKernel(NumpyKernel):
@@ -59,7 +59,8 @@ class NativeKernel(NumpyKernel):
     def edit(self, job: Job, tile: Tile, raw: Mapping[StoredTensor, Raw]) -> tuple[Raw, Counts]:
         """As NumpyKernel.edit."""
         library = _library()
-        if library is None or any(t.dtype not in _DTYPES for t in job.elementwise) or job.dtype not in _DTYPES:
+        masked = any(term.masks for term in job.terms)
+        if library is None or masked or any(t.dtype not in _DTYPES for t in _weights(job)) or job.dtype not in _DTYPES:
             return super().edit(job, tile, raw)
         terms = (_Term * len(job.terms))(*(self._term(job, position, tile, raw) for position in range(len(job.terms))))
         out = self._buffer("out", "u1", tile.units * unit_bytes(job.dtype))
@@ -75,6 +76,8 @@ class NativeKernel(NumpyKernel):
             counts,
         )
         intended, changed, overflow, nonfinite = counts
+        if nonfinite and any(term.kind == _GIVEN for term in terms):  # only numpy looks at what they were made of
+            return super().edit(job, tile, raw)
         return out, Counts(intended, changed, overflow, nonfinite)
 
     def _multiply(self, left: Any, right: Any, out: Any) -> None:
@@ -89,7 +92,7 @@ class NativeKernel(NumpyKernel):
         library.taskvec_product(*sizes, _pointer(left), _pointer(right), stride, _pointer(out))
 
     def _term(self, job: Job, position: int, tile: Tile, raw: Mapping[StoredTensor, Raw]) -> _Term:
-        alpha, delta = job.terms[position]
+        alpha, delta, _ = job.terms[position]
         if isinstance(delta, DenseDelta):
             own = delta.origin == job.base
             origin = None if own else _pointer(raw[delta.origin])
@@ -99,6 +102,12 @@ class NativeKernel(NumpyKernel):
         with np.errstate(all="ignore"):
             self._delta(job, position, tile, raw, product, None)
         return _Term(_GIVEN, 0, 0, 0.0, _pointer(product), None)
+
+
+def _weights(job: Job) -> list[StoredTensor]:
+    """What the compiled loop itself reads: base, and the terms of fine-tunes."""
+    dense = [delta for _, delta, _ in job.terms if isinstance(delta, DenseDelta)]
+    return [job.base, *(stored for delta in dense for stored in (delta.tuned, delta.origin))]
 
 
 def _pointer(array: Any) -> ctypes.c_void_p:

@@ -19,6 +19,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder import SideFile
 from ..checkpoint.header import read_header
 from ..checkpoint.locate import read_json
+from ..delta.stored import METADATA_KEY
 from ..errors import (
     CheckpointError,
     NotEnoughDiskError,
@@ -30,7 +31,6 @@ from ..errors import (
     listing,
     show,
 )
-from .jobs import METADATA_KEY
 
 RECORD = "taskvec.json"  # in an output folder; a single output file has METADATA_KEY in its `__metadata__` instead
 _COPIED = 1 << 20  # bytes per read when a side file is copied

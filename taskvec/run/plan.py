@@ -6,23 +6,26 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import FileIdentity
 from ..checkpoint.folder import SideFile, side_files
 from ..checkpoint.header import DTYPE_BITS, StoredTensor, encode_header
-from ..delta.source import FLOATS, LowRankDelta, Resolved, ScaledDelta
+from ..delta.source import FLOATS, FormulaDelta, LowRankDelta, Resolved, ScaledDelta
+from ..delta.stored import METADATA_KEY, told
 from ..delta.vector import TaskVector, formula
+from ..delta.weighting import leaf
 from ..errors import NameMismatchError, UsageError, counted, listing, show
-from .jobs import METADATA_KEY, TILE_BYTES, Job, ShardPlan, Term, unit_bytes
+from .jobs import KEPT_FACTORS, LARGE_FACTOR, TILE_BYTES, Job, ShardPlan, Term, matrix_shape, unit_bytes
 
 OUT_DTYPES = {"same": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 _SCRATCH = 4  # arrays of a tile's elements that the numpy kernel holds in the arithmetic's dtype
 _PASSING = 28  # bytes per element of masks and of what a repair needs for a moment (tests/run/test_stream.py measures it)
+_EVALUATED = 80  # bytes per element that a formula's tile takes: W, Δ and what lies between, in float64
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 _STEMS = ("model", "diffusion_pytorch_model")  # what loaders look for; any other name would not be found
 
@@ -68,7 +71,7 @@ class Plan:
 
     @property
     def bytes_to_read(self) -> int:
-        return sum(t.nbytes for job in self.jobs for t in (*job.elementwise, *job.factors))
+        return sum(t.nbytes for job in self.jobs for t in (*job.elementwise, *job.factors, *job.surveyed))
 
     @property
     def bytes_to_write(self) -> int:
@@ -80,7 +83,9 @@ class Plan:
 
     def buffer_bytes(self, batch: int = TILE_BYTES) -> int:
         """An upper bound of the memory one worker's buffers take, in bytes: a batch, and the factors of one tensor."""
-        return max((_buffer_bytes(job, batch) for job in self.jobs), default=0)
+        factors = {8 * factor.elements for job in self.jobs for factor in job.factors}
+        kept = KEPT_FACTORS * max((nbytes for nbytes in factors if nbytes >= LARGE_FACTOR), default=0)
+        return max((_buffer_bytes(job, batch) for job in self.jobs), default=0) + kept
 
     def summary(self) -> dict[str, Any]:
         """The plan as plain data, JSON-ready."""
@@ -130,8 +135,10 @@ def _buffer_bytes(job: Job, batch: int) -> int:
     if job.copied:
         return units * (widths + 1)
     width = 8 if job.base.dtype == "F64" else 4
-    factors = sum(stored.nbytes + 8 * stored.elements for stored in job.factors)
-    return units * (widths + 2 * unit_bytes(job.dtype) + _SCRATCH * width + _PASSING + 4 * len(job.terms)) + factors
+    factors = sum(stored.nbytes + 16 * stored.elements for stored in job.factors)
+    formulas = [(d.formula, d.origin) for _, d, _ in job.terms if isinstance(d, FormulaDelta)]
+    tile = units * (widths + 2 * unit_bytes(job.dtype) + _SCRATCH * width + _PASSING + 4 * len(job.terms) + width)
+    return tile + factors + sum(units * _EVALUATED + formula.scratch(*matrix_shape(w)) for formula, w in formulas)
 
 
 def make_plan(base: Checkpoint, vector: TaskVector, options: Options, *, single_file: bool = False) -> Plan:
@@ -140,40 +147,68 @@ def make_plan(base: Checkpoint, vector: TaskVector, options: Options, *, single_
     Raises UsageError for options that make no sense, MismatchError (its kinds) when base and vector do not fit.
     """
     out_dtype = _out_dtype(options)
-    base.refuse_quantized()
-    keep = _name_filter(options, base, vector)
-    resolved = [(coefficient, source.resolve(base, keep)) for coefficient, source in vector.terms]
-    terms = _collect_terms(resolved)
-    if not any(found.deltas for _, found in resolved) and vector.terms:
-        raise NameMismatchError(f"{show(base.path)}: no tensor is edited: the vector has no float tensor of its names")
-    compared: dict[str, tuple[StoredTensor, ...]] = {}
-    for coefficient, found in resolved:
-        for name, tensor in found.compared.items() if coefficient != 0 else ():
-            compared[name] = (*compared.get(name, ()), tensor)
-    side, notes = ([], []) if single_file else side_files(base, out_dtype)
-    shards = _layout(base, terms, compared, options, out_dtype, single_file)
-    opened = [base, *(checkpoint for _, source in vector.terms for checkpoint in source.inputs)]
+    matched = match(base, vector, options)
+    side, notes = ([], []) if single_file else side_files(base, out_dtype, matched.config)
     return Plan(
         base=base,
         vector=vector,
         options=options,
         single_file=single_file,
-        shards=shards,
+        shards=_layout(base, matched, options, out_dtype, single_file),
         side=tuple(side),
-        notes=tuple(dict.fromkeys(note for _, found in resolved for note in found.notes)) + tuple(notes),
-        missing=tuple(dict.fromkeys(name for _, found in resolved for name in found.missing)),
-        unused=tuple(dict.fromkeys(name for _, found in resolved for name in found.unused)),
-        identities={shard.path: shard.identity for checkpoint in opened for shard in checkpoint.shards},
+        notes=matched.notes + tuple(notes),
+        missing=matched.missing,
+        unused=matched.unused,
+        identities=identities(base, vector),
     )
 
 
-def factors_to_check(plan: Plan) -> list[StoredTensor]:
-    """The stored tensors of adapters, each once: they are small, and one NaN in them spoils a whole weight."""
-    found: dict[StoredTensor, None] = {}
-    for job in plan.jobs:
-        found.update(dict.fromkeys(job.factors))
-        found.update((d.value, None) for _, d in job.terms if isinstance(d, ScaledDelta))
-    return list(found)
+class Matched(NamedTuple):
+    """A vector matched to a base: what all its terms say together, per tensor of the base."""
+
+    terms: dict[str, tuple[Term, ...]]
+    compared: dict[str, tuple[StoredTensor, ...]]
+    added: dict[str, StoredTensor]
+    config: dict[str, Any]
+    notes: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def match(base: Checkpoint, vector: TaskVector, options: Options) -> Matched:
+    """Raises UsageError for patterns that choose nothing, MismatchError (its kinds) when base and vector do not fit."""
+    base.refuse_quantized()
+    if told(base) is not None:
+        raise NameMismatchError(
+            f"{show(base.path)}: a saved task vector, expected a model", hint="Name the model first, then the vector"
+        )
+    keep = _NameFilter(options)
+    resolved = [(coefficient, source.resolve(base, keep)) for coefficient, source in vector.terms]
+    keep.check_used(base, vector)
+    _check_patterns(resolved)
+    terms = _collect_terms(resolved)
+    holding = [source for _, source in vector.terms if any(checkpoint.tensors for checkpoint in leaf(source).inputs)]
+    if holding and not any(found.deltas for _, found in resolved):
+        raise NameMismatchError(f"{show(base.path)}: no tensor is edited: the vector has no float tensor of its names")
+    compared: dict[str, tuple[StoredTensor, ...]] = {}
+    for coefficient, found in resolved:
+        for name, tensor in found.compared.items() if coefficient != 0 else ():
+            compared[name] = (*compared.get(name, ()), tensor)
+    return Matched(
+        terms=terms,
+        compared=compared,
+        added={name: tensor for _, found in resolved for name, tensor in found.added.items()},
+        config={key: value for _, found in resolved for key, value in found.config.items()},
+        notes=tuple(dict.fromkeys(note for _, found in resolved for note in found.notes)),
+        missing=tuple(dict.fromkeys(name for _, found in resolved for name in found.missing)),
+        unused=tuple(dict.fromkeys(name for _, found in resolved for name in found.unused)),
+    )
+
+
+def identities(base: Checkpoint, vector: TaskVector) -> dict[Path, FileIdentity]:
+    """What pins every input file, by its path."""
+    opened = [base, *(checkpoint for _, source in vector.terms for checkpoint in source.inputs)]
+    return {shard.path: shard.identity for checkpoint in opened for shard in checkpoint.shards}
 
 
 def _out_dtype(options: Options) -> str | None:
@@ -182,23 +217,33 @@ def _out_dtype(options: Options) -> str | None:
     return OUT_DTYPES[options.out_dtype]
 
 
-def _name_filter(options: Options, base: Checkpoint, vector: TaskVector) -> Callable[[str], bool]:
-    """Which tensor names are edited. Raises UsageError for a pattern that matches no tensor: it is a typing error."""
-    opened = [base, *(checkpoint for _, source in vector.terms for checkpoint in source.inputs)]
-    known = {"--include": base.tensors, "--exclude": dict.fromkeys(name for c in opened for name in c.tensors)}
-    for option, patterns in (("--include", options.include), ("--exclude", options.exclude)):
-        for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in known[option]):
-                raise UsageError(
-                    f"{option} '{show(pattern)}' matches no tensor of {show(base.path)}",
-                    hint=f"Its names are like {listing(base.tensors, 3)}",
-                )
+class _NameFilter:
+    """Which tensor names are edited; it remembers the names it was asked about."""
 
-    def keep(name: str) -> bool:
-        included = not options.include or any(fnmatch.fnmatchcase(name, p) for p in options.include)
-        return included and not any(fnmatch.fnmatchcase(name, p) for p in options.exclude)
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._asked: set[str] = set()
 
-    return keep
+    def __call__(self, name: str) -> bool:
+        self._asked.add(name)
+        include, exclude = self._options.include, self._options.exclude
+        included = not include or any(fnmatch.fnmatchcase(name, p) for p in include)
+        return included and not any(fnmatch.fnmatchcase(name, p) for p in exclude)
+
+    def check_used(self, base: Checkpoint, vector: TaskVector) -> None:
+        """Raises UsageError for a pattern that matches no tensor: it is a typing error."""
+        inputs = {name for _, source in vector.terms for checkpoint in source.inputs for name in checkpoint.tensors}
+        edited = self._asked | base.tensors.keys()
+        for option, patterns, known in (
+            ("--include", self._options.include, edited),
+            ("--exclude", self._options.exclude, edited | inputs),
+        ):
+            for pattern in patterns:
+                if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
+                    raise UsageError(
+                        f"{option} '{show(pattern)}' matches no tensor of {show(base.path)}",
+                        hint=f"Its names are like {listing(base.tensors, 3)}",
+                    )
 
 
 def _collect_terms(resolved: Iterable[tuple[float, Resolved]]) -> dict[str, tuple[Term, ...]]:
@@ -206,23 +251,31 @@ def _collect_terms(resolved: Iterable[tuple[float, Resolved]]) -> dict[str, tupl
     for coefficient, found in resolved:
         for name, delta in found.deltas.items():
             scale = delta.scale if isinstance(delta, (LowRankDelta, ScaledDelta)) else 1.0
-            if abs(coefficient * scale) > _LARGEST_FLOAT32:
-                raise UsageError(f"the coefficient {coefficient * scale:g} of {show(name)} is outside float32")
-            if coefficient != 0:  # nothing of it: base is copied as it is, whatever tuned holds
-                terms[name] = (*terms.get(name, ()), Term(-coefficient, delta))
+            own = coefficient * found.factors.get(name, 1.0)
+            if not abs(own * scale) <= _LARGEST_FLOAT32:
+                raise UsageError(f"the coefficient {own * scale:g} of {show(name)} is outside float32")
+            if own != 0:  # nothing of it: base is copied as it is, whatever tuned holds
+                terms[name] = (*terms.get(name, ()), Term(-own, delta, found.masks.get(name, ())))
     return terms
 
 
+def _check_patterns(resolved: Iterable[tuple[float, Resolved]]) -> None:
+    used: dict[tuple[str, str], bool] = {}
+    for _, found in resolved:
+        used.update({pattern: did or used.get(pattern, False) for pattern, did in found.patterns.items()})
+    for (what, pattern), did in used.items():
+        if not did:
+            raise UsageError(
+                f"{what} '{show(pattern)}' chooses no tensor that is edited",
+                hint="It matches no name, or only names that a pattern before it matches",
+            )
+
+
 def _layout(
-    base: Checkpoint,
-    terms: dict[str, tuple[Term, ...]],
-    compared: dict[str, tuple[StoredTensor, ...]],
-    options: Options,
-    out_dtype: str | None,
-    single_file: bool,
+    base: Checkpoint, matched: Matched, options: Options, out_dtype: str | None, single_file: bool
 ) -> tuple[ShardPlan, ...]:
-    groups = _groups(base, options, out_dtype, single_file)
-    names = _shard_names(base, len(groups))
+    groups = _groups(base, options, out_dtype, single_file, matched.added)
+    names = shard_names(_stem(base), len(groups))
     shards = []
     for name, (tensors, metadata) in zip(names, groups):
         dtypes = [_dtype(tensor, out_dtype) for tensor in tensors]
@@ -234,8 +287,8 @@ def _layout(
         )
         jobs, at = [], len(header)
         for tensor, dtype, size in zip(tensors, dtypes, sizes):
-            own = terms.get(tensor.name, ())
-            jobs.append(Job(tensor.name, dtype, tensor.shape, at, size, tensor, own, compared.get(tensor.name, ())))
+            own, compared = matched.terms.get(tensor.name, ()), matched.compared.get(tensor.name, ())
+            jobs.append(Job(tensor.name, dtype, tensor.shape, at, size, tensor, own, compared))
             at += size
         shards.append(ShardPlan(name, header, tuple(jobs), at))
     return tuple(shards)
@@ -246,19 +299,22 @@ def _dtype(tensor: StoredTensor, out_dtype: str | None) -> str:
 
 
 def _groups(
-    base: Checkpoint, options: Options, out_dtype: str | None, single_file: bool
+    base: Checkpoint, options: Options, out_dtype: str | None, single_file: bool, added: Mapping[str, StoredTensor]
 ) -> list[tuple[Sequence[StoredTensor], dict[str, str]]]:
-    """The tensors of each output file, and its `__metadata__`: base's shard map, one file, or cut by size."""
+    """The tensors of each output file, and its `__metadata__`: base's shard map, one file, or cut by size. An added tensor
+    goes where the tensor lies that it starts from."""
     shared: dict[str, str] = {}
     for shard in base.shards:
         shared.update(shard.metadata)
-    everything = list(base.tensors.values())
+    new = [tensor._replace(name=name) for name, tensor in added.items()]
+    everything = [*base.tensors.values(), *new]
     if options.max_shard_size is None:
         if single_file:
             return [(everything, shared)]
-        return [(shard.tensors, dict(shard.metadata)) for shard in base.shards]
+        return [((*s.tensors, *(t for t in new if t.path == s.path)), dict(s.metadata)) for s in base.shards]
     sizes = {t.name: t.elements * DTYPE_BITS[_dtype(t, out_dtype)] // 8 for t in everything}
-    groups = [([base.tensors[name] for name in names], shared) for names in _split(sizes, options.max_shard_size)]
+    named = {tensor.name: tensor for tensor in everything}
+    groups = [([named[name] for name in names], shared) for names in split_by_size(sizes, options.max_shard_size)]
     if single_file and len(groups) > 1:
         raise UsageError(
             f"one output file, but max_shard_size {options.max_shard_size} needs {len(groups)}",
@@ -267,7 +323,7 @@ def _groups(
     return list(groups)
 
 
-def _split(sizes: dict[str, int], limit: int | str) -> list[list[str]]:
+def split_by_size(sizes: dict[str, int], limit: int | str) -> list[list[str]]:
     """Names grouped in order so that each group is at most `limit` bytes, or one tensor."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -289,9 +345,13 @@ def parse_bytes(option: str, size: int | str) -> int:
     return number
 
 
-def _shard_names(base: Checkpoint, count: int) -> list[str]:
+def _stem(base: Checkpoint) -> str:
     origin = base.index.name if base.index else base.shards[0].path.name
-    stem = next((stem for stem in _STEMS if origin.startswith(stem + ".safetensors")), _STEMS[0])
+    return next((stem for stem in _STEMS if origin.startswith(stem + ".safetensors")), _STEMS[0])
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """The names of the files of one checkpoint, as transformers and the Hub expect them."""
     if count == 1:
         return [f"{stem}.safetensors"]
     return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]

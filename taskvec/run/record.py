@@ -1,4 +1,4 @@
-"""What an output says about itself: `taskvec.json`, the card, and the metadata of a single output file. Deterministic: no
+"""What an output says about itself: `taskvec.json`, and the metadata of a single output file. Deterministic: no
 time, no machine, no absolute path; an input is known by its name, sizes and header digests, and where it lay relative
 to the output only if both were under the working directory.
 """
@@ -15,11 +15,11 @@ import numpy as np
 
 from .._version import __version__
 from ..checkpoint.checkpoint import Checkpoint
-from ..delta.adapters.lora import LoraAdapter
 from ..delta.dense import FineTune
-from ..delta.source import DeltaSource
-from ..errors import show
-from .jobs import CHECKSUM_PLACE, METADATA_KEY
+from ..delta.source import AdapterSource, DeltaSource
+from ..delta.stored import METADATA_KEY, StoredVector
+from ..delta.weighting import Masked, Scaled, Selected
+from .jobs import CHECKSUM_PLACE
 from .kernel import Counts
 from .plan import Plan
 from .stream import RunResult
@@ -45,13 +45,20 @@ def full_record(plan: Plan, result: RunResult, output: Path) -> dict[str, Any]:
     """The recipe, a checksum for every weight file, and what the edit did to every tensor."""
     return {
         **recipe(plan, output),
+        **outcome(plan, result),
+        "changes": changes(plan, result),
+        "only_in_base": list(plan.missing),
+        "only_in_tuned": list(plan.unused),
+    }
+
+
+def outcome(plan: Plan, result: RunResult) -> dict[str, Any]:
+    """The files that were written, with their checksums, and what happened to every tensor."""
+    return {
         "checksum": CHECKSUM_KIND,
         "shards": [{key: value for key, value in shard._asdict().items() if value is not None} for shard in result.shards],
         "side_files": [file.name for file in plan.side],
-        "changes": changes(plan, result),
         "tensors": tensor_changes(plan, result),
-        "only_in_base": list(plan.missing),
-        "only_in_tuned": list(plan.unused),
     }
 
 
@@ -59,7 +66,8 @@ def single_file_metadata(plan: Plan) -> dict[str, str]:
     """`__metadata__` of a single output file: the recipe, and the place its checksum will take. The same wherever the file
     is written, since it is part of it."""
     content = {**recipe(plan, None), "checksum_kind": CHECKSUM_KIND, "checksum": CHECKSUM_PLACE}
-    return {METADATA_KEY: json.dumps(content, ensure_ascii=False, sort_keys=True)}
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+    return {METADATA_KEY: text.encode("utf-8", "backslashreplace").decode()}
 
 
 def tensor_changes(plan: Plan, result: RunResult) -> dict[str, dict[str, int]]:
@@ -100,37 +108,6 @@ def index_json(plan: Plan) -> bytes:
     return as_json({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def card(plan: Plan, result: RunResult) -> bytes:
-    """README.md of the output: what it is, the formula with its numbers, what changed. No path of this machine."""
-    did = changes(plan, result)
-    lines = [
-        "---",
-        "tags: [taskvec, task-arithmetic, merge]",
-        *_library(plan.base),
-        "---",
-        "",
-        f"# {show(plan.base.label)}, edited",
-        "",
-        f"Made by taskvec {__version__}, without training:",
-        "",
-        f"    {show(plan.formula, 2000)}",
-        "",
-        f"- tensors edited: {did['tensors_edited']}, copied unchanged: {did['tensors_copied']}",
-        f"- elements changed: {did['elements_changed']} of {did['elements']}",
-        f"- changes lost to rounding: {did['elements_lost_to_rounding']}, overflows: {did['elements_overflowed']}",
-        "",
-        "`taskvec.json` holds the recipe, the inputs by size and header digest, and a checksum of every weight file.",
-        "",
-    ]
-    return "\n".join(lines).encode("utf-8", "backslashreplace")
-
-
-def _library(base: Checkpoint) -> list[str]:
-    if base.folder is not None and (base.folder / "modules.json").exists():
-        return ["library_name: sentence-transformers"]
-    return ["library_name: transformers"] if base.config.get("model_type") else []
-
-
 def _counts(counts: Counts) -> dict[str, int]:
     found = {"changed": counts.changed, "lost": counts.lost, "overflow": counts.overflow}
     found |= {"nonfinite": counts.nonfinite, "differs": counts.differs}
@@ -138,14 +115,30 @@ def _counts(counts: Counts) -> dict[str, int]:
 
 
 def _source(source: DeltaSource, output: Path | None) -> dict[str, Any]:
+    """A term of the vector: its input, and innermost first what it is seen through."""
     if isinstance(source, FineTune):
         return {"tuned": _input(source.tuned, output), "origin": _input(source.origin, output)}
-    assert isinstance(source, LoraAdapter)
-    found: dict[str, Any] = {"adapter": _input(source.folder.weights, output), "family": source.folder.family}
-    found["config_sha256"] = source.folder.config_sha256
+    if isinstance(source, StoredVector):
+        return {"stored": _input(source.checkpoint, output), "force_base": source.force_base}
+    if isinstance(source, (Scaled, Selected, Masked)):
+        inner = _source(source.source, output)
+        inner.setdefault("through", []).append(_view(source, output))
+        return inner
+    assert isinstance(source, AdapterSource)
+    found: dict[str, Any] = {"adapter": _input(source.weights, output), "family": source.family}
+    found["config_sha256"] = source.config_sha256
     if source.origin is not None:
         found["origin"] = _input(source.origin, output)
     return found
+
+
+def _view(view: Scaled | Selected | Masked, output: Path | None) -> dict[str, Any]:
+    if isinstance(view, Scaled):
+        depth = None if view.depth is None else [view.depth.first, view.depth.last]
+        return {"patterns": [list(pair) for pair in view.patterns], "depth": depth, "otherwise": view.otherwise}
+    if isinstance(view, Selected):
+        return {"only": list(view.only), "without": list(view.without)}
+    return {"masks": _input(view.masks, output)}
 
 
 def _input(checkpoint: Checkpoint, output: Path | None) -> dict[str, Any]:

@@ -17,10 +17,10 @@ import numpy as np
 import xxhash
 
 from ..checkpoint import files
+from ..checkpoint.floats import Raw
 from ..checkpoint.header import StoredTensor
-from .floats import Raw
 from .jobs import CHECKSUM_PLACE, TILE_BYTES, Job, ShardPlan, Tile, batches, merged, unit_bytes
-from .kernel import Counts, NumpyKernel, ReadWhole
+from .kernel import Counts, NumpyKernel, ReadStored
 from .plan import Plan
 
 _READ_AHEAD = 8 << 20  # bytes; one block ahead, so that a cold disk does not wait for the request
@@ -68,7 +68,7 @@ class Settings:
     batch: int = TILE_BYTES
     fsync: bool = True
     sha256: bool = False
-    make_kernel: Callable[[ReadWhole], Kernel] = NumpyKernel
+    make_kernel: Callable[[ReadStored], Kernel] = NumpyKernel
     progress: Callable[[int], None] = lambda written: None
     shard_done: Callable[[ShardResult], None] = lambda result: None
 
@@ -82,17 +82,24 @@ def execute(plan: Plan, folder: Path, settings: Settings) -> RunResult:
 
 
 class Step(NamedTuple):
-    """A batch of tiles on its way; `number` is the place of the first among the tiles of its shard."""
+    """What one worker carries: batches of tiles of one tensor, moved one after the other. Nearly always a single batch.
+
+    `number` is the place of the first tile among the tiles of its shard.
+    """
 
     shard: _ShardRun
     number: int
     job: Job
-    tiles: tuple[Tile, ...]
+    batches: tuple[tuple[Tile, ...], ...]
+
+    @property
+    def tiles(self) -> list[Tile]:
+        return [tile for batch in self.batches for tile in batch]
 
     @property
     def offset(self) -> int:
         """Where its output begins, in bytes of the file."""
-        return self.job.offset + self.tiles[0].start * unit_bytes(self.job.dtype)
+        return self.job.offset + self.batches[0][0].start * unit_bytes(self.job.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -118,9 +125,11 @@ class _ShardRun:
     def _all_steps(self) -> Iterator[Step]:
         number = 0
         for job in self.plan.jobs:
-            for batch in batches(job, _COPIED if untouched(job) else self._batch):
-                yield Step(self, number, job, batch)
-                number += len(batch)
+            every = batches(job, _COPIED if untouched(job) else self._batch)
+            for held in [tuple(every)] if job.surveyed and job.nbytes else zip(every):
+                step = Step(self, number, job, held)
+                yield step
+                number += len(step.tiles)
 
     def take(self) -> Step | None:
         """The next tile, or None. Opens the file with the first."""
@@ -266,9 +275,9 @@ class _Run:
 class Worker:
     """The buffers of one thread, and the three stages of a batch of tiles: read, compute, write."""
 
-    def __init__(self, inputs: files.InputFiles, make_kernel: Callable[[ReadWhole], Kernel]) -> None:
+    def __init__(self, inputs: files.InputFiles, make_kernel: Callable[[ReadStored], Kernel]) -> None:
         self._inputs = inputs
-        self._kernel = make_kernel(self._read_whole)
+        self._kernel = make_kernel(self._read_stored)
         self._buffers: list[Raw] = []
         self._advised: dict[Path, int] = {}
 
@@ -276,32 +285,39 @@ class Worker:
         """All stages; the digest of every tile, and what happened in them."""
         if untouched(step.job):
             return self.copy(step), Counts()
-        out, counts = self.compute(step, self.read(step))
-        self.write(step, out)
-        return self._digests(step, out), counts
+        digests: list[bytes] = []
+        total = Counts()
+        for batch in step.batches:
+            out, counts = self.compute(step.job, batch, self.read(step.job, batch))
+            self.write(step, batch, out)
+            digests += self._digests(step.job, batch, out)
+            total.add(counts)
+        return digests, total
 
-    def read(self, step: Step) -> dict[StoredTensor, Raw]:
-        """The bytes of every tensor that is read tile by tile."""
-        span, found = merged(step.tiles), {}
-        for place, stored in enumerate(step.job.elementwise):
+    def read(self, job: Job, batch: tuple[Tile, ...], without: StoredTensor | None = None) -> dict[StoredTensor, Raw]:
+        """The bytes of every tensor that is read tile by tile, `without` one that is where it is needed already."""
+        span, found = merged(batch), {}
+        for place, stored in enumerate(job.elementwise):
+            if stored == without:
+                continue
             unit = unit_bytes(stored.dtype)
             found[stored] = self._fill(place, stored, span.start * unit, span.units * unit)
         return found
 
-    def compute(self, step: Step, raw: dict[StoredTensor, Raw]) -> tuple[Raw, Counts]:
+    def compute(self, job: Job, batch: tuple[Tile, ...], raw: dict[StoredTensor, Raw]) -> tuple[Raw, Counts]:
         """The output bytes, valid until the next call."""
-        job = step.job
         if not job.copied:
-            return self._kernel.edit(job, merged(step.tiles), raw)
+            return self._kernel.edit(job, merged(batch), raw)
         counts = Counts()
         if job.compared:
             counts.differs = max(int(np.count_nonzero(raw[job.base] != raw[tuned])) for tuned in job.compared)
         return raw[job.base], counts
 
-    def write(self, step: Step, out: Raw) -> None:
+    def write(self, step: Step, batch: tuple[Tile, ...], out: Raw) -> None:
         """To their final place in the output file."""
         assert step.shard.fd is not None
-        files.write_all(step.shard.fd, out.data, step.offset, path=step.shard.path)
+        at = step.job.offset + batch[0].start * unit_bytes(step.job.dtype)
+        files.write_all(step.shard.fd, out.data, at, path=step.shard.path)
 
     def copy(self, step: Step) -> list[bytes]:
         """An untouched run: shared with base where the file system can, else written as it was read. Read it is either way,
@@ -309,7 +325,7 @@ class Worker:
         """
         assert step.shard.fd is not None
         stored, unit, digests = step.job.base, unit_bytes(step.job.dtype), []
-        first, into = step.tiles[0].start * unit, step.offset
+        first, into = step.batches[0][0].start * unit, step.offset
         with self._inputs.reading(stored.path) as fd:
             shared = files.share_range(fd, step.shard.fd, stored.offset + first, into, step.nbytes)
         for tile in step.tiles:
@@ -321,27 +337,27 @@ class Worker:
                     files.write_all(step.shard.fd, data[begin - at : end - at].data, into + begin, path=step.shard.path)
         return digests
 
-    def _digests(self, step: Step, out: Raw) -> list[bytes]:
-        start, unit = step.tiles[0].start, unit_bytes(step.job.dtype)
-        return [_digest(out[(t.start - start) * unit : (t.start - start + t.units) * unit]) for t in step.tiles]
+    def _digests(self, job: Job, batch: tuple[Tile, ...], out: Raw) -> list[bytes]:
+        start, unit = batch[0].start, unit_bytes(job.dtype)
+        return [_digest(out[(t.start - start) * unit : (t.start - start + t.units) * unit]) for t in batch]
 
     def _fill(self, place: int, stored: StoredTensor, start: int, nbytes: int) -> Raw:
         buffer = self._buffer(place, nbytes)
-        with self._inputs.reading(stored.path) as fd:
-            self._advise(fd, stored, stored.offset + start)
-            files.read_exact(fd, buffer.data, stored.offset + start, path=stored.path, tensor=stored.name)
+        self._advise(stored, stored.offset + start)
+        self._inputs.read(stored.path, buffer.data, stored.offset + start, stored.name)
         return buffer
 
-    def _advise(self, fd: int, stored: StoredTensor, position: int) -> None:
+    def _advise(self, stored: StoredTensor, position: int) -> None:
         """Ask for the next block of this file before it is needed, once per block."""
         block = position // _READ_AHEAD
-        if self._advised.get(stored.path) != block and hasattr(os, "posix_fadvise"):
+        if self._advised.get(stored.path) != block and hasattr(os, "posix_fadvise") and stored.path not in files.IN_MEMORY:
             self._advised[stored.path] = block
-            os.posix_fadvise(fd, position, 2 * _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+            with self._inputs.reading(stored.path) as fd:
+                os.posix_fadvise(fd, position, 2 * _READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
-    def _read_whole(self, stored: StoredTensor) -> Raw:
-        buffer = np.empty(stored.nbytes, np.uint8)
-        self._inputs.read(stored.path, buffer.data, stored.offset, stored.name)
+    def _read_stored(self, stored: StoredTensor, start: int, nbytes: int) -> Raw:
+        buffer = np.empty(nbytes, np.uint8)
+        self._inputs.read(stored.path, buffer.data, stored.offset + start, stored.name)
         return buffer
 
     def _buffer(self, place: int, nbytes: int) -> Raw:

@@ -9,17 +9,18 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..checkpoint.floats import FORMATS, Raw, canonical_nan
 from ..checkpoint.header import StoredTensor
-from ..delta.source import DenseDelta, LowRankDelta
-from .floats import FORMATS, Raw, canonical_nan
+from ..delta.source import DenseDelta, FormulaDelta, LowRankDelta, ScaledDelta
 from .jobs import Job, Tile, unit_bytes
-from .kernel import Counts, ReadWhole, difference, single, subtract_scaled
+from .kernel import Counts, NumpyKernel, ReadStored, difference, single, subtract_scaled
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8,
 }  # fmt: skip
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -28,12 +29,12 @@ class TorchKernel:
     """One worker's kernel on `device`, on a stream of its own: while one worker computes, others copy in and out. Not
     thread-safe; make one per thread."""
 
-    def __init__(self, read_whole: ReadWhole, device: str) -> None:
-        self._read_whole = read_whole
+    def __init__(self, read_stored: ReadStored, device: str) -> None:
+        self._host_kernel = NumpyKernel(read_stored)  # for what an adapter's small tensors are made into
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._fused = _fused() if self._device.type == "cuda" else None
-        self._factors: tuple[Job, list[Any]] | None = None
+        self._factors: tuple[Job, dict[int, Any]] | None = None
         self._out = self._host(0)
 
     def host_buffer(self, nbytes: int) -> Raw:
@@ -45,21 +46,40 @@ class TorchKernel:
     def edit(self, job: Job, tile: Tile, raw: Mapping[StoredTensor, Raw]) -> tuple[Raw, Counts]:
         """As NumpyKernel.edit."""
         with torch.cuda.stream(self._stream):
-            stored = {tensor: self._upload(raw[tensor], tensor.dtype) for tensor in job.elementwise}
-            if self._fused is not None and _fits(job):
-                words, tallies = self._edit_fused(job, stored)
-            else:
-                words, tallies = self._edit_stepwise(job, tile, stored)
+            words, tallies = self._compute(job, tile, raw, {})
             data = words.view(torch.uint8)
             if len(self._out) < len(data):
                 self._out = self._host(len(data))
             out = self._out[: len(data)].copy_(data, non_blocking=True)
-            numbers = tallies.to("cpu", non_blocking=True)
-            if self._stream is not None:
-                self._stream.synchronize()
-        intended, changed, overflow, nonfinite = (int(number) for number in numbers.tolist())
+            counts = self._counted(tallies)
         held: Raw = out.numpy()
-        return held, Counts(intended, changed, overflow, nonfinite)
+        return held, counts
+
+    @torch.no_grad()
+    def edit_in_place(self, job: Job, tile: Tile, raw: Mapping[StoredTensor, Raw], base: torch.Tensor) -> Counts:
+        """Edit the bytes of one tile of base where they are, on this kernel's device. `raw` holds those of the others."""
+        with torch.cuda.stream(self._stream):
+            if self._stream is not None:
+                self._stream.wait_stream(torch.cuda.default_stream(self._device))  # whatever made the parameter
+            words, tallies = self._compute(job, tile, raw, {job.base: base.view(_DTYPES[job.base.dtype])})
+            base.copy_(words.view(torch.uint8))
+            return self._counted(tallies)
+
+    def _compute(
+        self, job: Job, tile: Tile, raw: Mapping[StoredTensor, Raw], resident: Mapping[StoredTensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output words and tallies; `resident` tensors are on the device already."""
+        stored = {t: resident[t] if t in resident else self._upload(raw[t], t.dtype) for t in job.elementwise}
+        if self._fused is not None and not resident and _fits(job):
+            return self._edit_fused(job, stored)
+        return self._edit_stepwise(job, tile, stored, raw)
+
+    def _counted(self, tallies: torch.Tensor) -> Counts:
+        numbers = tallies.to("cpu", non_blocking=True)
+        if self._stream is not None:
+            self._stream.synchronize()
+        intended, changed, overflow, nonfinite = (int(number) for number in numbers.tolist())
+        return Counts(intended, changed, overflow, nonfinite)
 
     def _host(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
@@ -69,21 +89,28 @@ class TorchKernel:
 
     def _edit_fused(self, job: Job, stored: dict[StoredTensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Output words and tallies of one dense term against base, in one pass over the GPU's memory."""
-        alpha, delta = job.terms[0]
+        alpha, delta, _ = job.terms[0]
         assert self._fused is not None and isinstance(delta, DenseDelta)
         base, tallies = stored[job.base], self._fused.counts_on(self._device)
         self._fused.edit(base, stored[delta.tuned], single(alpha), base, tallies)
         return _bits(base), tallies
 
     def _edit_stepwise(
-        self, job: Job, tile: Tile, stored: dict[StoredTensor, torch.Tensor]
+        self, job: Job, tile: Tile, stored: dict[StoredTensor, torch.Tensor], raw: Mapping[StoredTensor, Raw]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output words and tallies of any job, operation by operation."""
         compute = torch.float64 if job.base.dtype == "F64" else torch.float32
         base = stored[job.base].to(compute)  # [units]
         values, untouched = base.clone(), None
         for position in range(len(job.terms)):
-            change, same, alpha = self._delta(job, position, tile, stored, compute)
+            if isinstance(job.terms[position].delta, FormulaDelta):
+                change, same, alpha = self._evaluated(job, position, tile, raw, compute)
+            else:
+                change, same, alpha = self._delta(job, position, tile, stored, compute)
+            for mask in job.terms[position].masks:
+                weight = stored[mask].to(compute)
+                change, same = change * weight + 0, same | (weight == 0)
+            change = change.masked_fill_(same, 0) if job.terms[position].masks else change
             subtract_scaled(torch, values, change, alpha)
             untouched = same if untouched is None else untouched & same
         if untouched is None:
@@ -94,13 +121,13 @@ class TorchKernel:
         self, job: Job, position: int, tile: Tile, stored: dict[StoredTensor, torch.Tensor], compute: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Δ of one term, where it is nothing, and the factor that is still to be multiplied in."""
-        alpha, delta = job.terms[position]
+        alpha, delta, masks = job.terms[position]
         if isinstance(delta, LowRankDelta):
             change = self._product(job, position, tile).reshape(-1).to(compute)
             return change, change == 0, 1.0
-        if not isinstance(delta, DenseDelta):
-            change = stored[delta.value].to(compute) * _rounded(alpha * delta.scale, compute) + 0  # no −0, as in numpy
-            return change, change == 0, 1.0
+        if isinstance(delta, ScaledDelta):
+            return _scaled(stored[delta.value].to(compute), alpha * delta.scale, bool(masks))
+        assert isinstance(delta, DenseDelta)
         tuned, origin = stored[delta.tuned].to(compute), stored[delta.origin].to(compute)
         if delta.tuned.dtype == delta.origin.dtype:
             same = _bits(stored[delta.tuned]) == _bits(stored[delta.origin])
@@ -111,11 +138,23 @@ class TorchKernel:
         change.masked_fill_(same, 0)  # also where both are inf or NaN
         return change, same, _rounded(alpha, compute)
 
+    def _evaluated(
+        self, job: Job, position: int, tile: Tile, raw: Mapping[StoredTensor, Raw], compute: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """As `_delta`, of a term with a formula, which is evaluated on the host."""
+        delta = np.empty(tile.units, np.float32)
+        self._host_kernel.evaluate(job, position, tile, raw, delta)
+        alpha, _, masks = job.terms[position]
+        return _scaled(torch.from_numpy(delta).to(self._device).to(compute), alpha, bool(masks))
+
     def _product(self, job: Job, position: int, tile: Tile) -> torch.Tensor:
         """α·s·(left @ right), or its transpose, of one tile: [rows, columns] in float32, added in order as on the CPU."""
         if self._factors is None or self._factors[0] is not job:
-            self._factors = (job, [self._load(alpha, delta) for alpha, delta in job.terms])
-        rows, columns = self._factors[1][position]
+            self._factors = (job, {})
+        held = self._factors[1]
+        if position not in held:
+            held[position] = [torch.from_numpy(f).to(self._device) for f in self._host_kernel.prepared(job, position)]
+        rows, columns = held[position]
         left = rows[tile.row : tile.row + tile.rows]
         right = columns[:, tile.column : tile.column + tile.columns]
         if self._fused is not None:
@@ -125,17 +164,6 @@ class TorchKernel:
         for k in range(left.shape[1]):
             total += left[:, k, None] * right[k]
         return total
-
-    def _load(self, alpha: float, delta: object) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if not isinstance(delta, LowRankDelta):
-            return None
-        left = self._whole(delta.left) * single(alpha * delta.scale)  # [out, r]
-        right = self._whole(delta.right)  # [r, in]
-        return (right.T.contiguous(), left.T.contiguous()) if delta.transposed else (left, right)
-
-    def _whole(self, tensor: StoredTensor) -> torch.Tensor:
-        raw = torch.from_numpy(self._read_whole(tensor)).to(self._device)
-        return raw.view(_DTYPES[tensor.dtype]).to(torch.float32).reshape(tensor.shape)
 
 
 def _fused() -> ModuleType | None:
@@ -148,7 +176,7 @@ def _fused() -> ModuleType | None:
 
 def _fits(job: Job) -> bool:
     """Whether the job is the common one: one fine-tune of base itself, in dtypes the fused kernel knows."""
-    if len(job.terms) != 1 or job.dtype != job.base.dtype:
+    if len(job.terms) != 1 or job.terms[0].masks or job.dtype != job.base.dtype:
         return False
     delta = job.terms[0].delta
     known = ("F32", "F16", "BF16")
@@ -168,6 +196,14 @@ def _rounded_output(
     ends = ~torch.isfinite(out.view(_DTYPES[job.dtype]).to(torch.float64))
     intended = (~same).sum() if job.terms else same.sum() * 0
     return out, torch.stack([intended, (out != reference).sum(), (ends & finite).sum(), ends.sum()])
+
+
+def _scaled(change: torch.Tensor, alpha: float, masked: bool) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """α·Δ, where it is nothing, and 1; of a Δ that is masked before, ±Δ and |α|. No −0, as in numpy."""
+    if masked:
+        return -change if alpha < 0 else change, change == 0, _rounded(abs(alpha), change.dtype)
+    change = change * _rounded(alpha, change.dtype) + 0
+    return change, change == 0, 1.0
 
 
 def _rounded(number: float, compute: torch.dtype) -> float:

@@ -12,13 +12,17 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint, Shard
 from ..checkpoint.files import InputFiles
-from ..checkpoint.locate import locate_adapter, read_json
+from ..checkpoint.locate import ADAPTER_WEIGHTS, locate_peft, read_json
 from ..delta.adapters import open_adapter
+from ..delta.adapters.config import AdapterFolder
 from ..delta.dense import FineTune
 from ..delta.source import FLOATS, DeltaSource
+from ..delta.stored import KIND, METADATA_KEY, StoredVector
 from ..delta.vector import TaskVector
+from ..delta.weighting import Depth, Masked, Scaled, Selected
 from ..errors import CheckpointError, TaskvecError, VerificationError, counted, listing, show
-from .jobs import CHECKSUM_PLACE, METADATA_KEY
+from .extract import vector_plan
+from .jobs import CHECKSUM_PLACE
 from .output import RECORD
 from .plan import Options, Plan, make_plan
 
@@ -48,7 +52,8 @@ def verify(
     not even open has that as its problem. Raises CheckpointError when the output was not made by taskvec.
     """
     try:
-        checkpoint = Checkpoint.open(output)
+        adapter = locate_peft(output)
+        checkpoint = Checkpoint.open(output) if adapter is None else AdapterFolder.open(adapter).weights
     except CheckpointError as error:
         if not os.path.isfile(os.path.join(os.path.expanduser(output), RECORD)):
             raise
@@ -58,7 +63,9 @@ def verify(
     try:
         _check_files(checkpoint, content, found)
         _check_data(checkpoint, content, found)
-        if found.ok:
+        if content.get("kind") == "lora":
+            found.skipped.append("nothing computed again: an extracted adapter is an approximation")
+        elif found.ok:
             _recompute(checkpoint, content, against, sample, found)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, TaskvecError):
@@ -139,7 +146,7 @@ def _scan(shard: Shard, files: InputFiles, recorded: object, own_record: bool) -
     import numpy as np
     import xxhash
 
-    from .floats import FORMATS, decode, reaches
+    from ..checkpoint.floats import FORMATS, decode, reaches
     from .jobs import TILE_BYTES, tiles, unit_bytes
 
     digests: list[bytes] = []
@@ -190,10 +197,10 @@ def _recompute(
 def _differing(plan: Plan, checkpoint: Checkpoint, names: set[str]) -> dict[str, int]:
     import numpy as np
 
-    from .floats import words
+    from ..checkpoint.floats import words
     from .jobs import tiles, unit_bytes
     from .kernel import NumpyKernel
-    from .stream import Step, Worker
+    from .stream import Worker
 
     files = InputFiles({**plan.identities, **{shard.path: shard.identity for shard in checkpoint.shards}})
     wrong: dict[str, int] = {}
@@ -202,8 +209,7 @@ def _differing(plan: Plan, checkpoint: Checkpoint, names: set[str]) -> dict[str,
         for job in (job for job in plan.jobs if job.name in names):
             stored = checkpoint.tensors[job.name]
             for tile in tiles(job.dtype, job.shape, job.nbytes):
-                step = Step(None, 0, job, (tile,))  # type: ignore[arg-type]  # no output: only read and compute
-                out, _ = worker.compute(step, worker.read(step))
+                out, _ = worker.compute(job, (tile,), worker.read(job, (tile,)))
                 written = np.empty(len(out), np.uint8)
                 files.read(stored.path, written.data, stored.offset + tile.start * unit_bytes(job.dtype), job.name)
                 if different := int(np.count_nonzero(words(out, job.dtype) != words(written, job.dtype))):
@@ -223,10 +229,29 @@ def _plan_again(checkpoint: Checkpoint, content: dict[str, Any], against: list[P
     options = Options(
         settings["out_dtype"], settings["max_shard_size"], tuple(settings["include"]), tuple(settings["exclude"])
     )
-    return make_plan(base, TaskVector(tuple(terms)), options, single_file=checkpoint.folder is None)
+    vector, single_file = TaskVector(tuple(terms)), checkpoint.folder is None
+    if content.get("kind") == KIND:
+        return vector_plan(base, vector, options, single_file=single_file, names=set(checkpoint.tensors))
+    return make_plan(base, vector, options, single_file=single_file)
 
 
 def _source_again(term: dict[str, Any], home: Path, against: list[Path]) -> DeltaSource:
+    source = _input_again(term, home, against)
+    for view in term.get("through", []):
+        if "masks" in view:
+            source = Masked(source, Checkpoint.open(_find(view["masks"], home, against)))
+        elif "only" in view:
+            source = Selected(source, tuple(view["only"]), tuple(view["without"]))
+        else:
+            depth = None if view["depth"] is None else Depth(*map(float, view["depth"]))
+            patterns = tuple((str(pattern), float(value)) for pattern, value in view["patterns"])
+            source = Scaled(source, patterns, depth, float(view["otherwise"]))
+    return source
+
+
+def _input_again(term: dict[str, Any], home: Path, against: list[Path]) -> DeltaSource:
+    if "stored" in term:
+        return StoredVector.open(_find(term["stored"], home, against), force_base=bool(term["force_base"]))
     if "adapter" in term:
         adapter = open_adapter(_find(term["adapter"], home, against))
         if adapter.config_sha256 != term["config_sha256"]:
@@ -258,8 +283,8 @@ def _find(recorded: dict[str, Any], home: Path, against: list[Path]) -> Path:
 
 def _is_recorded(place: Path, recorded: dict[str, Any]) -> bool:
     try:
-        adapter = locate_adapter(place)
-        opened = Checkpoint.open(place if adapter is None else adapter / "adapter_model.safetensors")
+        folder = locate_peft(place)
+        opened = Checkpoint.open(place if folder is None else folder / ADAPTER_WEIGHTS)
     except TaskvecError:
         return False
     found = {(s.path.name, s.identity.size, s.header_sha256) for s in opened.shards}

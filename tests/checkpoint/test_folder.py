@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def along(folder: Path, out_dtype: str | None = None) -> tuple[dict[str, SideFile], list[str]]:
-    found, notes = side_files(Checkpoint.open(folder), out_dtype)
+    found, notes = side_files(Checkpoint.open(folder), out_dtype, {})
     assert len({file.name for file in found}) == len(found)
     return {file.name: file for file in found}, notes
 
@@ -63,7 +63,7 @@ def along(folder: Path, out_dtype: str | None = None) -> tuple[dict[str, SideFil
 
 def test_a_file_alone_has_no_side_files(folder: Path) -> None:
     place(folder, "config.json", "{}")
-    assert side_files(Checkpoint.open(folder / "model.safetensors"), "F32") == ([], [])
+    assert side_files(Checkpoint.open(folder / "model.safetensors"), "F32", {}) == ([], [])
 
 
 @pytest.mark.parametrize("name", KEPT)

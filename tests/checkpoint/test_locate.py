@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskvec.checkpoint.locate import Location, existing, locate, locate_adapter, read_json
+from taskvec.checkpoint.locate import Location, existing, locate, locate_adapter, locate_peft, read_json
 from taskvec.errors import CheckpointError
 
 from .craft import indexed, sharded, weights
@@ -284,6 +284,64 @@ def test_a_folder_of_adapter_and_model_is_refused_and_their_files_are_not(tmp_pa
 
 def test_an_adapter_is_not_the_weights_of_a_model_folder(tmp_path: Path) -> None:
     assert "an adapter, expected a model here. Name the model first" in refusal(lambda: locate(adapter(tmp_path)))
+
+
+FACTORS = {
+    "Kohya": ["lora_unet_q.lora_down.weight", "lora_unet_q.lora_up.weight", "lora_unet_q.alpha"],
+    "LoCon": [
+        f"lora_unet_q.{name}" for name in ("lora_down.weight", "lora_mid.weight", "lora_up.weight", "alpha", "dora_scale")
+    ],
+    "LoHa": [f"lora_unet_q.{name}" for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")],
+    "LoKr": ["lycoris_q.lokr_w1", "lycoris_q.lokr_w2", "lycoris_q.alpha"],
+    "diffusers": ["unet.q.lora_A.weight", "unet.q.lora_B.weight"],
+    "a raw state dict": ["q.lora_A.default.weight", "q.lora_B.default.weight"],
+    "old diffusers": ["unet.processor.to_q_lora.down.weight", "unet.processor.to_q_lora.up.weight"],
+    "older diffusers": ["unet.q.lora.down.weight", "unet.q.lora.up.weight"],
+    "a text encoder": ["text_encoder.q.lora_linear_layer.down.weight", "text_encoder.q.lora_linear_layer.up.weight"],
+    "a kind that is refused later": ["lora_unet_q.oft_blocks", "lora_unet_q.alpha"],
+    "one with a stranger": ["unet.q.lora_A.weight", "unet.q.lora_B.weight", "unet.conv_in.weight"],
+}
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+def test_a_file_of_factors_is_an_adapter_and_so_is_a_folder_with_only_that_file(kind: str, tmp_path: Path) -> None:
+    path = weights(tmp_path / "pytorch_lora_weights.safetensors", *FACTORS[kind])
+    assert (locate_adapter(path), locate_adapter(tmp_path)) == (path, tmp_path)
+    assert locate_peft(path) is None and locate_peft(tmp_path) is None
+
+
+MODELS = {
+    "one tensor": ["w"],
+    "one that keeps adapters of its own": ["q.base_layer.weight", "q.lora_A.weight", "q.lora_B.weight"],
+    "one with a few factors": ["a.weight", "b.weight", "c.weight", "q.lora_A.weight", "q.lora_B.weight"],
+    "names that begin alike": [
+        "lora_unet.weight",
+        "lora_A.weights",
+        "attn.lora.0.weight",
+        "x.parametrizations.weight.0.lora_A",
+    ],
+    "a vocoder": ["act.alpha", "act.beta"],
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_file_that_is_not_mostly_factors_is_a_model(kind: str, tmp_path: Path) -> None:
+    path = weights(tmp_path / "model.safetensors", *MODELS[kind])
+    assert locate_adapter(path) is None and locate_adapter(tmp_path) is None
+
+
+def test_factors_in_shards_or_beside_another_file_are_not_an_adapter(tmp_path: Path) -> None:
+    sharded(tmp_path / "sharded", {"model-00001-of-00001.safetensors": FACTORS["diffusers"]})
+    weights(tmp_path / "two" / "a.safetensors", *FACTORS["diffusers"])
+    weights(tmp_path / "two" / "b.safetensors", *FACTORS["diffusers"])
+    assert locate_adapter(tmp_path / "sharded") is None and locate_adapter(tmp_path / "two") is None
+
+
+def test_a_file_that_cannot_be_read_as_either_says_so(tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"no header")
+    (tmp_path / "lora.pt").write_bytes(b"PK\x03\x04")
+    assert f"{tmp_path / 'broken.safetensors'}: header of" in refusal(lambda: locate_adapter(tmp_path / "broken.safetensors"))
+    assert locate_adapter(tmp_path / "lora.pt") is None  # `locate` knows what to say about a pickle
 
 
 def test_an_absent_adapter_is_refused(tmp_path: Path) -> None:

@@ -135,10 +135,10 @@ def test_overwrite_replaces_an_output_of_taskvec(taskvec: Command, here: Path) -
 
 
 def test_a_refused_adapter_is_named_with_what_to_do(taskvec: Command, here: Path) -> None:
-    write_adapter(here / "dora", use_dora=True)
-    outcome = taskvec("subtract", "base", "dora", "-a", "1", "-o", "out")
+    write_adapter(here / "routed", arrow_config={"top_k": 1})
+    outcome = taskvec("subtract", "base", "routed", "-a", "1", "-o", "out")
     assert outcome.code == 3 and outcome.err.count("\n") == 1
-    assert all(part in outcome.err for part in ("dora/adapter_config.json", "use_dora", "DoRA", "PEFT"))
+    assert all(part in outcome.err for part in ("routed/adapter_config.json", "arrow_config", "per token", "PEFT"))
 
 
 def test_a_shape_that_does_not_fit_is_named_with_both_shapes_and_the_flag(taskvec: Command, here: Path) -> None:

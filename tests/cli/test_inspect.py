@@ -58,10 +58,10 @@ def shown(out: str) -> dict[str, str]:
 def test_an_adapter_shows_its_ranks_scales_and_targets(taskvec: Command, here: Path) -> None:
     write_adapter(here / "rs", use_rslora=True, lora_alpha=3, base_model_name_or_path="org/model")
     assert shown(taskvec("inspect", "lora").out) == {
-        "family": "LORA", "modules": "1", "ranks": "2 (1)", "scales": "2 (1)", "rslora": "False", "targets": "q (1)",
+        "family": "LORA", "modules": "1", "ranks": "2 (1)", "scales": "2 (1)", "targets": "q (1)",
     }  # fmt: skip
     rs = shown(taskvec("inspect", "rs").out)
-    assert rs["scales"] == "2.12132 (1)" and rs["rslora"] == "True" and rs["base"] == "org/model"
+    assert rs["scales"] == "2.12132 (1)" and rs["variants"] == "rsLoRA" and rs["base"] == "org/model"
 
 
 def test_an_adapter_as_json(taskvec: Command) -> None:
@@ -72,8 +72,8 @@ def test_an_adapter_as_json(taskvec: Command) -> None:
 
 
 REFUSED = {
-    "DoRA": ({"use_dora": True}, "use_dora is set: DoRA"),
-    "another family": ({"peft_type": "IA3"}, "peft_type IA3"),
+    "activated LoRA": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set: activated LoRA"),
+    "another family": ({"peft_type": "VBLORA"}, "peft_type VBLORA"),
     "another rank": ({"r": 9}, "found rank 2, expected 9"),
     "a pattern that is no pattern": ({"alpha_pattern": {"(": 1}}, "alpha_pattern: pattern ( is not understood"),
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from taskvec import Checkpoint, NameMismatchError, QuantizedError, ShapeMismatchError
+from taskvec import AdapterError, Checkpoint, NameMismatchError, QuantizedError, ShapeMismatchError
 from taskvec.checkpoint.header import DTYPE_BITS
 from taskvec.delta.dense import FineTune
 from taskvec.delta.source import FLOATS, DenseDelta, Resolved
@@ -41,6 +41,15 @@ def w(seed: int, dtype: str = "BF16", shape: tuple[int, ...] = (4, 3)) -> tuple[
 
 
 # names, shapes, kinds of numbers
+
+
+@pytest.mark.parametrize("name", ["lora_unet_a.lora_down.weight", "unet.a.lora.up.weight", "a.lokr_w1"])
+def test_an_adapter_that_was_opened_as_a_model_is_told_apart(make: Make, name: str) -> None:
+    with pytest.raises(
+        AdapterError, match=rf"tuned: holds tensors of an adapter \({name}\), and is read as a model.*path"
+    ) as caught:
+        resolve(make("base", {"a": w(1)}), make("tuned", {name: w(2)}))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -142,3 +142,85 @@ def test_making_and_combining_vectors_reads_no_data(base: Checkpoint, old: TaskV
     for name in ("base", "old"):
         (tmp_path / name / "model.safetensors").unlink()
     assert repr(base - 0.5 * (old + old)).startswith("EditedCheckpoint")
+
+
+# views, sums and differences of checkpoints
+
+
+def test_a_checkpoint_minus_a_checkpoint_is_their_vector(base: Checkpoint, old: TaskVector, tmp_path: Path) -> None:
+    assert Checkpoint.open(tmp_path / "old") - base == old
+    assert repr(base + 0.5 * (Checkpoint.open(tmp_path / "old") - base)) == "EditedCheckpoint(base + 0.5·(old − base))"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda base: base + base,
+        lambda base: 2 * base,
+        lambda base: base * 2,
+        lambda base: base / 2,
+        lambda base: -base,
+        lambda base: base * base,
+    ],
+)
+def test_weights_are_not_to_be_added_or_scaled(base: Checkpoint, use: Any) -> None:
+    with pytest.raises(TypeError, match=r"weights (\+|·) \w+ has no meaning; (add|scale) what .* learned: base \+"):
+        use(base)
+
+
+@pytest.mark.parametrize("other", [1, "x", None, 0.5])
+def test_weights_and_what_is_no_vector_do_not_add(base: Checkpoint, other: Any) -> None:
+    for use in (lambda: base + other, lambda: base - other, lambda: other + base, lambda: other - base):
+        with pytest.raises(TypeError):
+            use()
+
+
+def test_a_sum_may_start_from_a_checkpoint(base: Checkpoint, old: TaskVector, new: TaskVector) -> None:
+    assert sum([old, -new], start=base) == base + old - new  # type: ignore[arg-type]
+    assert sum([base, old, new][1:], base) == base + old + new  # type: ignore[arg-type]
+
+
+def test_equality_is_of_structure(base: Checkpoint, old: TaskVector, new: TaskVector) -> None:
+    assert old + new == old + new and old + new != new + old and old + old != 2 * old
+    assert (base - old) == (base - old) and (base - old) != (base + old)
+    assert old.only("w") == old.only("w") and old.only("w") != old.without("w") and old.only("w") != old
+    assert old != 1 and old != base
+
+
+def test_a_view_of_a_sum_is_the_sum_of_views(old: TaskVector, new: TaskVector) -> None:
+    assert (old - 2 * new).only("w") == old.only("w") - 2 * new.only("w")
+    assert (old + new).scaled({"w": 2}) == old.scaled({"w": 2}) + new.scaled({"w": 2})
+    assert (old + new).ramp(0, 1) == old.ramp(0, 1) + new.ramp(0, 1)
+
+
+def test_a_view_of_nothing_in_particular(old: TaskVector) -> None:
+    assert old.without() == old
+    with pytest.raises(UsageError, match=r"only\(\) without a pattern would leave nothing"):
+        old.only()
+
+
+def test_views_refuse_what_is_no_pattern_at_once(old: TaskVector) -> None:
+    for use in (
+        lambda: old.only(["a", "b"]),  # type: ignore[arg-type]
+        lambda: old.without(3),  # type: ignore[arg-type]
+        lambda: old.scaled({3: 1.0}),  # type: ignore[dict-item]
+    ):
+        with pytest.raises(TypeError, match=r"a pattern of tensor names: found (list|int), expected str"):
+            use()
+    with pytest.raises(TypeError, match=r"scaled\(list\): expected a mapping"):
+        old.scaled([("*", 1.0)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, 10**400])
+def test_views_refuse_factors_that_are_not_finite_at_once(old: TaskVector, number: Any) -> None:
+    for use in (
+        lambda: old.scaled({"*": number}),
+        lambda: old.scaled({"*": 1}, otherwise=number),
+        lambda: old.ramp(number, 0),
+        lambda: old.ramp(0, number),
+        lambda: old.ramp(0, 1, otherwise=number),
+    ):
+        with pytest.raises(UsageError, match="expected a finite number"):
+            use()
+    with pytest.raises(TypeError, match=r"the factor of \*: found str"):
+        old.scaled({"*": "0.5"})  # type: ignore[dict-item]

@@ -130,3 +130,48 @@ def test_a_plus_b_is_b_plus_a_in_files_too(base: Floats, a: Floats, b: Floats, x
         sizes = slack(base, x * (a - base), y * (b - base), results[0]) * 2
         assert (np.abs(results[0] - results[1]) <= sizes).all()
         assert (np.abs(results[0] - (base + x * (a - base) + y * (b - base))) <= sizes).all()
+
+
+@given(WEIGHTS, WEIGHTS, ALPHAS, ALPHAS)
+def test_a_mask_of_one_number_is_a_coefficient(base: Floats, tuned: Floats, x: float, y: float) -> None:
+    mask = f64(np.full(COUNT, y))
+    masked = edit_dense(NumpyKernel, f64(base), [Change(x, f64(tuned), f64(base), (mask,))], "F64")[0].view(np.float64)
+    assert (np.abs(masked - edited(base, (x * y, tuned, base))) <= slack(base, x * y * (tuned - base))).all()
+
+
+@given(WEIGHTS, WEIGHTS, arrays(bool, COUNT), ALPHAS)
+def test_a_mask_and_its_complement_add_up_to_the_whole(
+    base: Floats, tuned: Floats, chosen: NDArray[np.bool_], alpha: float
+) -> None:
+    parts = [Change(alpha, f64(tuned), f64(base), (Stored("BOOL", part.view(np.uint8)),)) for part in (chosen, ~chosen)]
+    found = edit_dense(NumpyKernel, f64(base), parts, "F64")[0].view(np.float64)
+    assert np.array_equal(found, edited(base, (alpha, tuned, base)))
+
+
+@given(st.data(), st.floats(-1e3, 1e3))
+def test_any_bits_at_all_are_masked_as_the_contract_says(data: st.DataObject, alpha: float) -> None:
+    base, tuned, mask = (data.draw(TENSORS, name) for name in ("base", "tuned", "mask"))
+    changes = [Change(alpha, tuned, base, (mask,)), Change(0.5, mask, tuned, (base, tuned))]
+    found, counts = edit_dense(NumpyKernel, base, changes, base.dtype)
+    expected = edit(base, changes, base.dtype)
+    assert np.array_equal(found, expected.words)
+    assert (counts.intended, counts.changed, counts.overflow, counts.nonfinite) == expected[1:]
+
+
+@settings(max_examples=25)
+@given(st.data(), st.floats(0.01, 4))
+def test_a_saved_vector_is_the_vector(data: st.DataObject, alpha: float) -> None:
+    """For any bits at all of 32 or fewer, but a −0 that becomes +0: a difference of zero does not tell."""
+    base, tuned = (data.draw(TENSORS.filter(lambda stored: stored.dtype != "F64"), name) for name in ("base", "tuned"))
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        at = checkpoint(folder, "base", base)
+        vector = TaskVector.between(at, checkpoint(folder, "tuned", tuned))
+        vector.save(folder / "v.safetensors", fsync=False)
+        (at - alpha * vector).save(folder / "direct.safetensors", fsync=False)
+        (at - alpha * TaskVector.open(folder / "v.safetensors")).save(folder / "saved.safetensors", fsync=False)
+        direct, saved = (
+            np.frombuffer(read_model(folder / f"{way}.safetensors")["w"], unsigned(base.dtype)) for way in ("direct", "saved")
+        )
+        zeros = (numbers(Stored(base.dtype, direct)) == 0) & (numbers(Stored(base.dtype, saved)) == 0)
+        assert np.array_equal(direct[~zeros], saved[~zeros])

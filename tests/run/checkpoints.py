@@ -13,14 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from taskvec import Checkpoint
+from taskvec.checkpoint.floats import Raw
 from taskvec.checkpoint.header import DTYPE_BITS, StoredTensor
 from taskvec.delta.source import DenseDelta
-from taskvec.run.floats import Raw
 from taskvec.run.jobs import Job, Term, tiles, unit_bytes
-from taskvec.run.kernel import Counts, ReadWhole
+from taskvec.run.kernel import Counts, ReadStored
 from taskvec.run.stream import Kernel
 
-from .reference import Change, Stored, unsigned
+from .reference import MASKS, Change, Stored, unsigned
 
 _TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -28,7 +28,7 @@ _TORCH = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 Tensors = Mapping[str, torch.Tensor]
-MakeKernel = Callable[[ReadWhole], Kernel]
+MakeKernel = Callable[[ReadStored], Kernel]
 
 
 def tensor(dtype: str, words: Any, shape: Sequence[int] | None = None) -> torch.Tensor:
@@ -112,12 +112,15 @@ class Memory:
 
     def store(self, held: Stored, shape: tuple[int, ...] | None = None) -> StoredTensor:
         words = np.ascontiguousarray(held.words).reshape(-1)
-        assert words.dtype == unsigned(held.dtype)
+        assert held.dtype in MASKS or words.dtype == unsigned(held.dtype)
         raw = words.view(np.uint8).copy()
         place = Path(f"memory-{len(self._held)}")
         found = StoredTensor("w", held.dtype, shape or (len(words),), place, 0, len(raw))
         self._held[found] = raw
         return found
+
+    def read_stored(self, stored: StoredTensor, start: int, nbytes: int) -> Raw:
+        return self._held[stored][start : start + nbytes].copy()
 
     def read_whole(self, stored: StoredTensor) -> Raw:
         return self._held[stored].copy()
@@ -134,7 +137,7 @@ def make_job(base: StoredTensor, terms: Iterable[Term], out: str | None = None) 
 
 def run_job(make_kernel: MakeKernel, job: Job, memory: Memory) -> tuple[Any, Counts]:
     """The output words of one job, and its counts, tile by tile as a worker does it."""
-    kernel, counts, parts = make_kernel(memory.read_whole), Counts(), []
+    kernel, counts, parts = make_kernel(memory.read_stored), Counts(), []
     for tile in tiles(job.dtype, job.shape, job.nbytes):
         raw = {stored: memory.part(stored, tile.start, tile.units) for stored in job.elementwise}
         out, did = kernel.edit(job, tile, raw)
@@ -157,5 +160,5 @@ def edit_dense(
         return held[id(stored.words)]
 
     at = place(base)
-    terms = [Term(alpha, DenseDelta(place(tuned), place(origin))) for alpha, tuned, origin in changes]
+    terms = [Term(c.alpha, DenseDelta(place(c.tuned), place(c.origin)), tuple(map(place, c.masks))) for c in changes]
     return run_job(make_kernel, make_job(at, terms, out), memory)

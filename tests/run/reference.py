@@ -18,6 +18,7 @@ TYPES: dict[str, Any] = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
 DTYPES = tuple(TYPES)
+MASKS = ("BOOL", "U8")  # what masks come in, besides floats
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 CANONICAL = {"F64": 0x7FF8 << 48, "F32": 0x7FC00000, "F16": 0x7E00, "BF16": 0x7FC0, "F8_E4M3": 0x7F, "F8_E5M2": 0x7E}
 # significant bits with the hidden one, exponent of the smallest normal number, largest number
@@ -36,11 +37,12 @@ class Stored(NamedTuple):
 
 
 class Change(NamedTuple):
-    """α and the two tensors of Δ = tuned − origin."""
+    """α, the two tensors of Δ = tuned − origin, and what Δ is multiplied by."""
 
     alpha: float
     tuned: Stored
     origin: Stored
+    masks: tuple[Stored, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -59,7 +61,7 @@ def unsigned(dtype: str) -> Any:
 
 def numbers(stored: Stored) -> NDArray[np.float64]:
     with np.errstate(invalid="ignore"):  # signaling NaNs
-        return stored.words.view(TYPES[stored.dtype]).astype(np.float64)
+        return stored.words.view(TYPES.get(stored.dtype, stored.words.dtype)).astype(np.float64)
 
 
 def rounded(values: NDArray[np.float64], dtype: str) -> Words:
@@ -93,19 +95,25 @@ def edit(base: Stored, changes: Sequence[Change], out: str) -> Outcome:
     start = step(numbers(base))
     result, untouched = start, np.ones(len(start), bool)
     with np.errstate(all="ignore"):
-        for alpha, tuned, origin in changes:
+        for alpha, tuned, origin, masks in changes:
             t, o = step(numbers(tuned)), step(numbers(origin))
             same = _same(tuned, origin, t, o)
             delta = step(t - o) if alpha >= 0 else -step(o - t)  # a Δ of zero is subtracted as +0: −0 stays −0
+            for mask in masks:
+                weight = step(numbers(mask))
+                delta = step(weight * delta)
+                same = same | (weight == 0)
             scaled = step(float(step(np.array([alpha]))[0]) * delta)
+            scaled = np.where((delta == 0) & bool(masks), 0.0, scaled)
             result = np.where(same, result, step(result - scaled))  # a term that is nothing changes nothing
             untouched &= same
     kept = base.words if out == base.dtype else rounded(numbers(base), out)
     keep = untouched | (np.isnan(result) & np.isnan(start))
     words = np.where(keep, kept, rounded(result, out))
     finite = np.isfinite(numbers(base))
-    for _, tuned, origin in changes:
-        finite &= np.isfinite(numbers(tuned)) & np.isfinite(numbers(origin))
+    for _, *stored, masks in changes:
+        for held in (*stored, *masks):
+            finite &= np.isfinite(numbers(held))
     ends = ~np.isfinite(numbers(Stored(out, words)))
     return Outcome(
         words,

@@ -456,10 +456,127 @@ def test_a_stored_difference_of_zero_keeps_every_bit_of_base(
 def test_a_kernel_keeps_nothing_of_one_job_for_the_next(kernel: MakeKernel) -> None:
     """One kernel runs jobs of different dtypes and sizes in turn, as a worker does."""
     memory = Memory()
-    worker = kernel(memory.read_whole)
+    worker = kernel(memory.read_stored)
     for round_, dtype in enumerate(["BF16", "F64", "F8_E4M3", "F32", "F16", "BF16"]):
         left, right = (Stored(dtype, words) for words in pairs(dtype, dtype, 100 * (7 - round_), round_))
         base, tuned = memory.store(left), memory.store(right)
         job = make_job(base, [Term(0.3, DenseDelta(tuned, base))])
         words, _ = run_job(lambda _: worker, job, memory)
         assert np.array_equal(words, edit(left, [Change(0.3, right, left)], dtype).words)
+
+
+# masks
+
+WEIGHTS = (*DTYPES, "BOOL", "U8")
+
+
+def masked(alpha: float, tuned: Stored, origin: Stored, *masks: Stored) -> Change:
+    return Change(alpha, tuned, origin, masks)
+
+
+def weights(dtype: str, count: int, seed: int, *, wild: bool = False) -> Stored:
+    """Zeros, ones and numbers between; with `wild`, the special values of the dtype too."""
+    rng = np.random.default_rng(seed)
+    if dtype in ("BOOL", "U8"):
+        return Stored(dtype, rng.integers(0, 2 if dtype == "BOOL" else 256, count).astype(np.uint8))
+    words = rounded(rng.choice([0.0, -0.0, 1.0, 0.5, -1.0, 0.3, 2.0], count), dtype)
+    if wild:
+        words[::3] = rng.choice(specials(dtype), len(words[::3]))
+    return Stored(dtype, words)
+
+
+@pytest.mark.parametrize("mask", WEIGHTS)
+@pytest.mark.parametrize("base", DTYPES)
+def test_a_masked_edit_is_the_formula_bit_for_bit(kernel: MakeKernel, base: str, mask: str) -> None:
+    for tuned in dict.fromkeys([base, "F32"]):
+        left, right = (Stored(dtype, words) for dtype, words in zip((base, tuned), pairs(base, tuned, 500, 21)))
+        weight = weights(mask, len(left.words), 22)
+        for alpha in (0.3, -0.3, 1.0, -1.0, 3.0):
+            for out in dict.fromkeys([base, "F32", "BF16"]):
+                check(kernel, left, [masked(alpha, right, left, weight)], out)
+
+
+@pytest.mark.parametrize("mask", DTYPES)
+@pytest.mark.parametrize("base", ["F64", "F32", "BF16", "F8_E4M3"])
+def test_masks_of_inf_and_nan_and_negative_numbers_follow_the_formula_too(kernel: MakeKernel, base: str, mask: str) -> None:
+    left, right = (Stored(base, words) for words in pairs(base, base, 400, 23))
+    weight = weights(mask, len(left.words), 24, wild=True)
+    for alpha in (0.7, -0.7, 1.0):
+        check(kernel, left, [masked(alpha, right, left, weight)], base)
+
+
+@pytest.mark.parametrize("base", ["F64", "BF16"])
+def test_masks_multiply_in_the_order_written_and_belong_to_their_own_term(kernel: MakeKernel, base: str) -> None:
+    left, right = (Stored(base, words) for words in pairs(base, base, 400, 25))
+    one, other = weights("F32", len(left.words), 26), weights("BF16", len(left.words), 27)
+    check(kernel, left, [masked(0.3, right, left, one, other)], base)
+    elsewhere = shuffled(right, 28)
+    for changes in (
+        [masked(0.3, right, left, one), Change(-0.4, elsewhere, shuffled(right, 29))],
+        [Change(-0.4, elsewhere, shuffled(right, 29)), masked(-1.0, right, left, other)],
+        [masked(0.3, right, left, one), masked(-0.3, right, left, other)],
+    ):
+        check(kernel, left, changes, base)
+
+
+@pytest.mark.parametrize("mask", WEIGHTS)
+@pytest.mark.parametrize("alpha", [0.7, -0.7, 1.0, -1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_under_a_zero_of_a_mask_base_keeps_every_bit_whatever_tuned_says(
+    kernel: MakeKernel, dtype: str, alpha: float, mask: str
+) -> None:
+    left, right = (Stored(dtype, words) for words in pairs(dtype, dtype, 50, 30))
+    zeros = Stored(mask, np.zeros(len(left.words), np.uint8 if mask in ("BOOL", "U8") else unsigned(mask)))
+    words, counts = edit_dense(kernel, left, [masked(alpha, right, left, zeros)], dtype)
+    assert np.array_equal(words, left.words)
+    assert (counts.intended, counts.changed, counts.overflow) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("alpha", [0.3, -0.3, 1.0])
+@pytest.mark.parametrize("base", ["F64", "F32", "F16", "BF16", "F8_E5M2"])
+def test_a_masked_stored_difference_is_what_the_masked_fine_tune_is(kernel: MakeKernel, base: str, alpha: float) -> None:
+    rng = np.random.default_rng(31)
+    left, right = (of(base, rng.standard_normal(3000) * 0.02) for _ in range(2))
+    delta = of("F64" if base == "F64" else "F32", numbers(right) - numbers(left))
+    weight = weights("BF16", 3000, 32)
+    memory = Memory()
+    term = Term(alpha, ScaledDelta(memory.store(delta), 1.0), (memory.store(weight),))
+    words, _ = run_job(kernel, make_job(memory.store(left), [term]), memory)
+    assert np.array_equal(words, edit(left, [masked(alpha, right, left, weight)], base).words)
+
+
+@pytest.mark.parametrize("alpha", [0.7, -0.7])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F8_E5M2"])
+def test_a_masked_low_rank_edit_is_within_an_ulp_of_float64(
+    kernel: MakeKernel, dtype: str, transposed: bool, alpha: float
+) -> None:
+    case = LowRank(dtype, transposed=transposed)
+    weight = weights("F32", case.product.size, 33)
+    mask = case.memory.store(weight, case.product.shape)
+    words, counts = run_job(kernel, make_job(case.base, [Term(alpha, case.delta, (mask,))]), case.memory)
+    expected = numbers(case.values) - alpha * numbers(weight) * case.product.ravel()
+    assert (np.abs(numbers(Stored(dtype, words)) - expected) <= ulp(expected, dtype)).all()
+    off = numbers(weight) == 0
+    assert np.array_equal(words[off], case.values.words[off])
+    assert counts.intended == np.count_nonzero(~off)
+
+
+def test_an_inf_in_a_stored_difference_is_no_overflow_of_the_edit(kernel: MakeKernel) -> None:
+    memory = Memory()
+    delta = ScaledDelta(memory.store(of("F32", [np.inf, np.nan, 1.0, 3e38])), 1.0)
+    base = memory.store(of("BF16", [1.0, 1.0, 1.0, -3e38]))
+    words, counts = run_job(kernel, make_job(base, [Term(1.0, delta)]), memory)
+    assert np.array_equal(words, of("BF16", [-np.inf, np.nan, 0.0, -np.inf]).words)
+    assert (counts.intended, counts.overflow, counts.nonfinite) == (4, 1, 3)
+
+
+@pytest.mark.parametrize("tile_bytes", [64, 256])
+def test_masks_are_cut_into_tiles_like_the_tensor_they_weigh(
+    kernel: MakeKernel, monkeypatch: pytest.MonkeyPatch, tile_bytes: int
+) -> None:
+    left, right = (Stored("BF16", words[-516:]) for words in pairs("BF16", "BF16", 600, 34))
+    change = masked(0.3, right, left, weights("F32", 516, 35))
+    monkeypatch.setattr(jobs, "TILE_BYTES", tile_bytes)
+    for shape in ((4, 129), (516,), (129, 4)):
+        assert np.array_equal(edit_dense(kernel, left, [change], "BF16", shape)[0], edit(left, [change], "BF16").words)

@@ -17,12 +17,12 @@ import xxhash
 
 import taskvec as tv
 from taskvec import Checkpoint, OutputError, SourceChangedError, TaskVector
+from taskvec.checkpoint.floats import Raw
 from taskvec.checkpoint.header import StoredTensor
 from taskvec.errors import CheckpointError
 from taskvec.run import jobs
-from taskvec.run.floats import Raw
 from taskvec.run.jobs import Job, Tile, tiles
-from taskvec.run.kernel import Counts, NumpyKernel, ReadWhole
+from taskvec.run.kernel import Counts, NumpyKernel, ReadStored
 from taskvec.run.plan import Options, Plan, make_plan
 from taskvec.run.stream import RunResult, Settings, ShardResult, execute
 
@@ -203,8 +203,8 @@ def test_a_model_of_empty_tensors_makes_a_file_that_loads(tmp_path: Path) -> Non
 class Meddling(NumpyKernel):
     """A kernel that calls `meddle` before its n-th tile."""
 
-    def __init__(self, read_whole: ReadWhole, meddle: Callable[[], None], tile: int) -> None:
-        super().__init__(read_whole)
+    def __init__(self, read_stored: ReadStored, meddle: Callable[[], None], tile: int) -> None:
+        super().__init__(read_stored)
         self._meddle, self._left = meddle, tile
 
     def edit(self, job: Job, tile: Tile, raw: Any) -> tuple[Raw, Counts]:
@@ -215,7 +215,7 @@ class Meddling(NumpyKernel):
 
 
 def meddling(meddle: Callable[[], None], tile: int = 3) -> MakeKernel:
-    return lambda read_whole: Meddling(read_whole, meddle, tile)
+    return lambda read_stored: Meddling(read_stored, meddle, tile)
 
 
 @pytest.mark.parametrize("victim", ["base", "tuned"])
@@ -299,7 +299,7 @@ def test_one_worker_that_fails_stops_the_others(tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_cannot_be_made_surfaces_too(tmp_path: Path) -> None:
-    def make_kernel(read_whole: ReadWhole) -> NumpyKernel:
+    def make_kernel(read_stored: ReadStored) -> NumpyKernel:
         raise Broken("no device")
 
     with pytest.raises(Broken, match="no device"):

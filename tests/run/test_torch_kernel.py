@@ -74,6 +74,6 @@ def test_rounding_to_odd_leaves_the_last_bit_set_exactly_where_something_was_cut
 
 
 def test_a_host_buffer_has_the_size_asked_for_and_can_be_written(device: str) -> None:
-    buffer = TorchKernel(Memory().read_whole, device).host_buffer(10)
+    buffer = TorchKernel(Memory().read_stored, device).host_buffer(10)
     buffer[:] = 7
     assert (buffer.dtype, buffer.tolist()) == (np.uint8, [7] * 10)

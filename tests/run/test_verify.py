@@ -295,3 +295,66 @@ def test_a_record_that_lacks_a_part_never_passes_as_whole_or_is_named(key: str, 
         assert "damaged" in str(error) and key in str(error)
     else:
         assert key in ("formula", "tensors", "side_files") or not found.ok
+
+
+# --- vectors that were weighted, masked or saved --------------------------------------------------------------------------
+
+VIEWS: dict[str, Callable[[tv.TaskVector], tv.TaskVector]] = {
+    "scaled": lambda old: old.scaled({"model.h.1.*": 0.5}, otherwise=2.0),
+    "ramped": lambda old: old.ramp(0.1, 0.9),
+    "selected": lambda old: old.only("*h.*").without("*h.1*"),
+    "masked": lambda old: old.masked("mask.safetensors"),
+    "several": lambda old: old.masked("mask.safetensors").scaled({"*h.0*": 0.5}).without("*norm*") - 0.25 * old,
+    "saved": lambda old: old.save("saved.safetensors") and tv.TaskVector.open("saved.safetensors"),
+}
+
+
+@pytest.fixture
+def weighted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tv.Checkpoint:
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(12)
+    shapes = {"model.h.0.w": (6, 5), "model.h.1.w": (6, 5), "model.norm": (7,)}
+    for name in ("base", "old"):
+        held = {key: torch.randn(shape, generator=generator).bfloat16() for key, shape in shapes.items()}
+        save_file(held, tmp_path / f"{name}.safetensors")
+    save_file({key: torch.rand(shape, generator=generator) for key, shape in shapes.items()}, tmp_path / "mask.safetensors")
+    return tv.Checkpoint.open("base.safetensors")
+
+
+@pytest.mark.parametrize("output", ["out", "out.safetensors"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_a_vector_was_seen_through_is_computed_again(view: str, output: str, weighted: tv.Checkpoint) -> None:
+    vector = VIEWS[view](tv.TaskVector.between(weighted, "old.safetensors"))
+    (weighted - 0.3 * vector).save(output, fsync=False)
+    found = tv.verify(output, sample=9)
+    assert found.ok and not found.skipped and any("computed again" in check for check in found.checks)
+    change_one_value(Path(output))
+    assert not tv.verify(output, sample=9).ok
+
+
+@pytest.mark.parametrize("output", ["vector", "vector.safetensors"])
+def test_a_saved_vector_is_checked_as_an_output_is(output: str, weighted: tv.Checkpoint) -> None:
+    old = tv.TaskVector.between(weighted, "old.safetensors")
+    (0.5 * old.masked("mask.safetensors")).save(output, fsync=False)
+    found = tv.verify(output, sample=9)
+    assert found.ok and not found.skipped and any("3 of 3 edited" in check for check in found.checks)
+    change_one_value(Path(output))
+    assert not tv.verify(output, sample=9).ok
+
+
+def change_one_value(output: Path) -> None:
+    path = output if output.is_file() else next(output.glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_an_extracted_adapter_is_checked_for_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place, name in enumerate(("base", "old")):
+        write_model(tmp_path / name, {"h.0.up.weight": torch.eye(6) * place})
+    tv.extract_lora("base", "old", output="adapter", rank=2, fsync=False)
+    found = tv.verify("adapter")
+    assert found.ok and any("approximation" in line for line in found.skipped)
+    change_one_value(Path("adapter"))
+    assert any("checksum" in problem for problem in tv.verify("adapter").problems)

@@ -33,6 +33,11 @@ def pattern_matches(pattern: str, module: str) -> bool:
     return any(len(module) in _follow(steps, module, starts) for steps in _parsed(pattern))
 
 
+def matches_whole(pattern: str, module: str) -> bool:
+    """Whether the pattern matches the whole name, as re.fullmatch would. Raises as `pattern_matches` does."""
+    return any(len(module) in _follow(steps, module, {0}) for steps in _parsed(pattern))
+
+
 def _follow(steps: Iterable[_Step], text: str, positions: set[int]) -> set[int]:
     for step in steps:
         reached = set(positions) if step.optional else set()

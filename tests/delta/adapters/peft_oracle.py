@@ -85,7 +85,9 @@ def train(model: Any, folder: Path, config: LoraConfig, dtype: torch.dtype = tor
     with quietly():
         tuned.save_pretrained(folder)
     weights = folder / "adapter_model.safetensors"
-    save_file({name: tensor.to(dtype) for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    stored = load_file(weights).items()
+    content = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in stored}
+    save_file(content, weights, {"format": "pt"})
     return folder
 
 
@@ -98,6 +100,28 @@ def merged_by_peft(model: Any, base: Path, adapter: Path) -> Tensors:
         loaded = type(model).from_pretrained(base, dtype=torch.float32)
         merged = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
     return {name: tensor.detach().clone() for name, tensor in merged.state_dict().items()}
+
+
+def in_double(model: Any, base: Path) -> Any:
+    """The model with the weights of a saved base, in float64."""
+    with quietly():
+        return type(model).from_pretrained(base, dtype=torch.float32).double()
+
+
+def merged_in_double(model: Any, adapter: Path) -> Tensors:
+    """PEFT's merge of a saved adapter into a float64 model, computed in float64."""
+    with quietly():
+        tuned = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).double()
+        merged = tuned.merge_and_unload()
+    return {name: tensor.detach().clone() for name, tensor in merged.state_dict().items()}
+
+
+def merged_on_disk(model: Any, base: Path, adapter: Path, folder: Path) -> Tensors:
+    """As `merged_by_peft`, but by the names transformers saves the merged model under, in `folder`."""
+    with quietly():
+        loaded = type(model).from_pretrained(base, dtype=torch.float32)
+        PeftModel.from_pretrained(loaded, adapter).merge_and_unload().save_pretrained(folder)
+    return weights_of(folder)
 
 
 def weights_of(folder: Path) -> Tensors:

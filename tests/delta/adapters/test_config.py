@@ -83,7 +83,7 @@ def test_a_config_that_is_none_is_refused(content: bytes, reason: str, tmp_path:
 
 def test_the_families_are_those_that_refusals_name(tmp_path: Path) -> None:
     with pytest.raises(tv.AdapterError) as caught:
-        open_adapter(write_adapter(tmp_path / "adapter", {"m.q.ia3_l": (6, 1)}, peft_type="IA3"))
+        open_adapter(write_adapter(tmp_path / "adapter", Q, peft_type="FOURIERFT"))
     assert all(family in str(caught.value) for family in FAMILIES)
 
 

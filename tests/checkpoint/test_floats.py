@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from taskvec.run.floats import FORMATS, canonical_nan, decode, encode, reaches
+from taskvec.checkpoint.floats import FORMATS, canonical_nan, decode, encode, reaches
 
-from .reference import CANONICAL, DTYPES, GRIDS, TYPES, Stored, numbers, rounded, specials, unsigned
+from ..run.reference import CANONICAL, DTYPES, GRIDS, TYPES, Stored, numbers, rounded, specials, unsigned
 
 SMALL = ("BF16", "F16", "F8_E4M3", "F8_E5M2")
 FLOAT8 = ("F8_E4M3", "F8_E5M2")

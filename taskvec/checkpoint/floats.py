@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.header import DTYPE_BITS
+from .header import DTYPE_BITS
 
 Raw = NDArray[np.uint8]  # [elements * itemsize], bytes as they are in the file
 Floats = NDArray[Any]  # [elements], float32 or float64
@@ -36,6 +36,14 @@ FORMATS = {
     "F8_E5M2": Format(2, -14, 15, 61440.0, 65536.0),
     "F8_E4M3": Format(3, -6, 7, float(np.nextafter(np.float32(464), np.float32(np.inf))), 480.0),  # no inf: NaN
 }
+INTEGERS = {
+    "I8": np.int8,
+    "U8": np.uint8,
+    "I16": np.int16,
+    "I32": np.int32,
+    "I64": np.int64,
+    "BOOL": np.bool_,
+}  # what indices come in
 _CANONICAL_NAN = {
     "F64": (np.uint64, 0x7FF8 << 48), "F32": (np.uint32, 0x7FC00000), "BF16": (np.uint16, 0x7FC0),
     "F16": (np.uint16, 0x7E00), "F8_E5M2": (np.uint8, 0x7E), "F8_E4M3": (np.uint8, 0x7F),
