@@ -7,6 +7,7 @@ from .errors import (
     AdapterError,
     CheckpointError,
     HeaderError,
+    HubError,
     MismatchError,
     NameMismatchError,
     NotEnoughDiskError,
@@ -20,6 +21,7 @@ from .errors import (
     UsageError,
     VerificationError,
 )
+from .hub.push import Pushed, push
 from .insight.inspect import Inspection, inspect
 from .run.edited import EditedCheckpoint, Report, add, subtract
 from .run.extract import SavedVector, extract
@@ -36,6 +38,7 @@ __all__ = [
     "EditedCheckpoint",
     "ExtractedLora",
     "HeaderError",
+    "HubError",
     "Inspection",
     "MismatchError",
     "NameMismatchError",
@@ -44,6 +47,7 @@ __all__ = [
     "OutputExistsError",
     "OutputOverlapError",
     "Plan",
+    "Pushed",
     "QuantizedError",
     "Report",
     "SavedVector",
@@ -61,6 +65,7 @@ __all__ = [
     "extract",
     "extract_lora",
     "inspect",
+    "push",
     "subtract",
     "verify",
 ]

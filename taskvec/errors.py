@@ -14,6 +14,7 @@ TaskvecError                          exit 1
 │   ├── OutputExistsError
 │   ├── OutputOverlapError                     it is, holds or lies in an input
 │   └── NotEnoughDiskError
+├── HubError                          exit 1   the Hub did not give or take what was asked
 └── VerificationError                 exit 3   `taskvec verify` found a difference
 
 The message is for the person: file, tensor, found, expected. `hint` says what to do, and names the flag that allows it.
@@ -28,6 +29,7 @@ __all__ = [
     "AdapterError",
     "CheckpointError",
     "HeaderError",
+    "HubError",
     "MismatchError",
     "NameMismatchError",
     "NotEnoughDiskError",
@@ -108,6 +110,10 @@ class OutputOverlapError(OutputError):
 
 
 class NotEnoughDiskError(OutputError):
+    pass
+
+
+class HubError(TaskvecError):
     pass
 
 

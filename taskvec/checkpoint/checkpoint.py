@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, QuantizedError, listing, show
-from .files import FileIdentity, InputFiles
+from .files import FileIdentity, InputFiles, exists
 from .header import DTYPE_BITS, Header, StoredTensor, read_header
-from .locate import Location, locate, read_json
+from .locate import Location, locate, on_hub, read_json
 
 _COMPARED = 1 << 20  # bytes, or elements, per read when two stored tensors are compared
 _QUANTIZED_SUFFIXES = (
@@ -31,6 +31,14 @@ _difference: list[Callable[[Checkpoint, Checkpoint], Any]] = []
 def when_subtracted(make: Callable[[Checkpoint, Checkpoint], Any]) -> None:
     """Register what `tuned - base` makes."""
     _difference[:] = [make]
+
+
+class HubPlace(NamedTuple):
+    """A repository, a commit of it, and what of it: empty for all."""
+
+    id: str
+    commit: str
+    path: str
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,17 @@ class Checkpoint:
     index: Path | None = None
 
     @classmethod
-    def open(cls, source: str | os.PathLike[str]) -> Checkpoint:
-        """Open a `.safetensors` file, or a folder with one, or with an index and its shards.
+    def open(cls, source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Checkpoint:
+        """Open a `.safetensors` file, a folder with one, or with an index and its shards, or such a folder on the Hub.
 
-        Reads headers only. Raises CheckpointError (HeaderError for a malformed file) naming file and tensor.
+        `source` is a path, or, where nothing of that name exists, `org/name`, `org/name@revision`, `hf://…` or a web URL of
+        the Hub; `revision` a branch, tag or commit there; `token` one that may read it, by default HF_TOKEN or that of `hf
+        auth login`. Reads headers only: on the Hub by ranged requests.
+
+        Raises CheckpointError (HeaderError for a malformed file) naming file and tensor, HubError for the Hub.
         """
+        if revision is not None or token is not None:
+            source = on_hub(source, revision, token)
         location = locate(source)
         shards = tuple(_shard(path, read_header(path)) for path in location.shards)
         tensors = _collect(shards)
@@ -78,15 +92,25 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """`config.json` of the folder; empty when there is none."""
         path = self.folder / "config.json" if self.folder else None
-        return read_json(path) if path and path.exists() else {}
+        return read_json(path) if path and exists(path) else {}
+
+    @property
+    def hub(self) -> HubPlace | None:
+        """Where on the Hub it is from, told by its place in the Hub's cache (models--org--name/snapshots/commit)."""
+        path = self.path.resolve() if self.path.name in ("", ".", "..") else self.path
+        for folder in (path, *path.parents):
+            repository = folder.parent.parent.name
+            if folder.parent.name == "snapshots" and repository.startswith("models--"):
+                id = repository.removeprefix("models--").replace("--", "/")
+                return HubPlace(id, folder.name, path.relative_to(folder).as_posix().removeprefix("."))
+        return None
 
     @property
     def label(self) -> str:
         """The last part of the path: what messages, cards and records call this checkpoint (never an absolute path)."""
+        if self.hub is not None and not self.hub.path:
+            return self.hub.id
         path = self.path.resolve() if self.path.name in ("", ".", "..") else self.path
-        repository = path.parent.parent.name  # of the Hub cache: models--org--name/snapshots/commit
-        if path.parent.name == "snapshots" and repository.startswith("models--"):
-            return repository.removeprefix("models--").replace("--", "/")
         return path.name
 
     @property

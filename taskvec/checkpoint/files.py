@@ -13,10 +13,10 @@ import stat
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ..errors import CheckpointError, OutputError, SourceChangedError, TaskvecError, show
 
@@ -26,6 +26,7 @@ _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 _BLOCK = 4096  # bytes; what file systems share when they share
 _FICLONERANGE = 0x4020940D  # linux/fs.h
 _LARGEST_CALL = 1 << 30  # bytes; Linux moves at most 0x7ffff000 per call
+_RANGED = 1 << 16  # bytes; so few are asked for by themselves, of a file that is not in its place yet
 _MOST_OPEN = 32  # input descriptors kept open at once
 
 
@@ -33,8 +34,80 @@ _MOST_OPEN = 32  # input descriptors kept open at once
 IN_MEMORY: dict[Path, Callable[[memoryview, int], None]] = {}
 
 
+class Remote(Protocol):
+    """A repository whose files have their places in a local folder, but come there only when they are needed."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
+
+    def read(self, name: str, buffer: memoryview, offset: int) -> None: ...
+
+    def fetch(self, names: Iterable[str]) -> None: ...
+
+
+REMOTE: dict[Path, Remote] = {}  # folder -> the repository whose files belong there
+
+
+def absent(path: Path) -> tuple[Remote, str] | None:
+    """The repository that has the file, and its name there, if it is not in its place yet; else None."""
+    if not REMOTE or os.path.lexists(path):
+        return None
+    for folder in path.parents:
+        if folder in REMOTE:
+            name = path.relative_to(folder).as_posix()
+            return (REMOTE[folder], name) if name in REMOTE[folder].sizes else None
+    return None
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder, or the repository it would come from has it."""
+    return os.path.exists(path) or absent(path) is not None or is_folder(path)
+
+
+def is_folder(path: Path) -> bool:
+    """As `exists`, of folders."""
+    return os.path.isdir(path) or bool(_names_below(path))
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder, or would come there, in the order of the names."""
+    local = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted({*local, *(name.partition("/")[0] for name in _names_below(folder))})
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, in its place or not."""
+    found = absent(path)
+    return os.stat(path).st_size if found is None else found[0].sizes[found[1]]
+
+
+def fetch(paths: Iterable[Path]) -> None:
+    """Bring those files into their places that are not there yet."""
+    wanted: dict[int, tuple[Remote, list[str]]] = {}
+    for found in filter(None, map(absent, paths)):
+        wanted.setdefault(id(found[0]), (found[0], []))[1].append(found[1])
+    for remote, names in wanted.values():
+        remote.fetch(names)
+
+
+def _names_below(folder: Path) -> list[str]:
+    for above in (folder, *folder.parents) if REMOTE else ():
+        if above in REMOTE:
+            prefix = "" if above == folder else folder.relative_to(above).as_posix() + "/"
+            return [name[len(prefix) :] for name in REMOTE[above].sizes if name.startswith(prefix)]
+    return []
+
+
+def fill(buffer: memoryview, content: bytes, *, path: Path) -> None:
+    """Copy what was read into `buffer`. Raises CheckpointError if it is another number of bytes."""
+    if len(content) != len(buffer):
+        raise CheckpointError(f"{show(path)}: {len(content)} bytes came, expected {len(buffer)}", hint="Run it again")
+    buffer[:] = content
+
+
 class FileIdentity(NamedTuple):
-    """What must not change while a run reads a file: size in bytes, mtime in ns, inode."""
+    """What must not change while a run reads a file: size in bytes, mtime in ns, inode. A file that is not in its place yet
+    has neither of the last two; it is pinned by its commit."""
 
     size: int
     mtime_ns: int
@@ -43,6 +116,7 @@ class FileIdentity(NamedTuple):
 
 def open_input(path: Path) -> int:
     """A read-only descriptor of a regular file. O_NONBLOCK so that a FIFO cannot hang the open; it is refused after."""
+    fetch([path])
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -84,6 +158,8 @@ def read_exact(fd: int, buffer: memoryview, offset: int, *, path: Path, tensor: 
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """A whole small file (JSON and the like), refused above `limit` bytes."""
+    if absent(path) is not None and size_of(path) > limit:
+        raise CheckpointError(f"{show(path)}: {size_of(path)} bytes, expected at most {limit}")
     fd = open_input(path)
     try:
         size = os.fstat(fd).st_size
@@ -229,12 +305,18 @@ class InputFiles:
         if path in IN_MEMORY:
             IN_MEMORY[path](buffer, offset)
             return
+        remote = absent(path) if len(buffer) <= _RANGED else None
+        if remote is not None:
+            remote[0].read(remote[1], buffer, offset)
+            return
         with self.reading(path) as fd:
             read_exact(fd, buffer, offset, path=path, tensor=tensor)
 
     def check_unchanged(self) -> None:
         """Raise SourceChangedError unless every file still is what it was when its header was read."""
         for path in self._expected:
+            if absent(path) is not None:  # nothing of it was read
+                continue
             with self.reading(path) as fd:
                 self._check(path, fd)
 
@@ -271,6 +353,8 @@ class InputFiles:
 
     def _check(self, path: Path, fd: int) -> None:
         found, expected = identity(fd), self._expected.get(path)
+        if expected is not None and expected.inode == 0:
+            expected = found._replace(size=expected.size)
         if expected is not None and found != expected:
             raise SourceChangedError(
                 f"{show(path)}: changed during the run: found {found.size} bytes, expected {expected.size} bytes "

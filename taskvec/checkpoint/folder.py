@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, MismatchError, listing, show
 from .checkpoint import Checkpoint
-from .files import read_bytes
+from .files import absent, exists, is_folder, names_in, read_bytes, size_of
 from .locate import read_json
 
 _DENIED_SUFFIXES = (
@@ -76,7 +76,7 @@ def side_files(checkpoint: Checkpoint, out_dtype: str | None, changes: Mapping[s
             continue
         if module_weights:
             notes.append(f"{show(name)} is copied as it is; to edit it too, subtract that file by itself")
-        found.append(SideFile(name, path, path.stat().st_size))
+        found.append(SideFile(name, path, size_of(path)))
     if left:
         notes.append(f"not copied, being other weights, training state or the like: {listing(sorted(left))}")
     if out_dtype is not None or changes:
@@ -85,7 +85,7 @@ def side_files(checkpoint: Checkpoint, out_dtype: str | None, changes: Mapping[s
 
 
 def _has_twin(pickle: Path) -> bool:
-    return any(pickle.parent.glob("*.safetensors"))
+    return any(name.endswith(".safetensors") for name in names_in(pickle.parent))
 
 
 def _denied(name: str) -> bool:
@@ -94,17 +94,17 @@ def _denied(name: str) -> bool:
 
 
 def _walk(folder: Path, prefix: str, notes: list[str], left: list[str]) -> Iterator[tuple[str, Path]]:
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        name = prefix + entry.name
-        if entry.name.startswith("."):
+    for entry in names_in(folder):
+        name, path = prefix + entry, folder / entry
+        if entry.startswith("."):
             continue
-        if entry.is_dir(follow_symlinks=False):
-            if _DENIED_FOLDERS.match(entry.name):
+        if is_folder(path) and not path.is_symlink():
+            if _DENIED_FOLDERS.match(entry):
                 left.append(name + "/")
             else:
-                yield from _walk(Path(entry.path), name + "/", notes, left)
-        elif os.path.isfile(entry.path):  # not the entry's own, which raises for a link to itself
-            yield name, Path(entry.path)
+                yield from _walk(path, name + "/", notes, left)
+        elif absent(path) is not None or os.path.isfile(path):
+            yield name, path
         else:
             notes.append(f"{show(name)} is not a regular file: not copied")
 
@@ -118,6 +118,8 @@ def _inside(path: Path, folder: Path) -> bool:
 
 def _module_folders(folder: Path) -> set[str]:
     """Sub-folders whose weights are part of the model: the modules of a sentence-transformers pipeline."""
+    if not exists(folder / "modules.json"):
+        return set()
     try:
         modules = json.loads(read_bytes(folder / "modules.json", _LARGEST_MODULES).decode("utf-8"))
         return {str(module["path"]).partition("/")[0] for module in modules if module.get("path")}

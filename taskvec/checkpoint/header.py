@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ..errors import HeaderError, show
-from .files import FileIdentity, identity, open_input, read_exact
+from .files import FileIdentity, absent, identity, open_input, read_exact
 
 # dtype name in the file -> bits per element; the 22 dtypes of safetensors 0.8
 DTYPE_BITS = {
@@ -62,19 +63,26 @@ def read_header(path: Path) -> Header:
 
     Raises HeaderError naming file and tensor for anything the format forbids, CheckpointError if it cannot be read.
     """
+    remote = absent(path)
+    if remote is not None:
+        size = remote[0].sizes[remote[1]]
+        return _read(path, FileIdentity(size, 0, 0), lambda buffer, offset: remote[0].read(remote[1], buffer, offset))
     fd = open_input(path)
     try:
-        file = identity(fd)
-        if file.size < 8:
-            _refuse(path, f"{file.size} bytes, expected at least the 8 of a header length")
-        length_bytes = bytearray(8)
-        read_exact(fd, memoryview(length_bytes), 0, path=path)
-        length = int.from_bytes(length_bytes, "little")
-        _check_length(path, length, file.size, bytes(length_bytes))
-        raw = bytearray(length)
-        read_exact(fd, memoryview(raw), 8, path=path)
+        return _read(path, identity(fd), lambda buffer, offset: read_exact(fd, buffer, offset, path=path))
     finally:
         os.close(fd)
+
+
+def _read(path: Path, file: FileIdentity, read: Callable[[memoryview, int], None]) -> Header:
+    if file.size < 8:
+        _refuse(path, f"{file.size} bytes, expected at least the 8 of a header length")
+    length_bytes = bytearray(8)
+    read(memoryview(length_bytes), 0)
+    length = int.from_bytes(length_bytes, "little")
+    _check_length(path, length, file.size, bytes(length_bytes))
+    raw = bytearray(length)
+    read(memoryview(raw), 8)
     entries, metadata = _parse(path, bytes(raw))
     return Header(_locate(path, entries, 8 + length, file.size), metadata, bytes(raw), file)
 

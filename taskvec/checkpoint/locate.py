@@ -2,7 +2,7 @@
 
 A model folder holds `X.safetensors.index.json` and its shards, or one `.safetensors` file; an adapter folder holds
 `adapter_config.json` and `adapter_model.safetensors` (the PEFT layout), or is a file like any other, known by its tensors'
-names. Nothing here touches the network.
+names. A name on the Hub is where its files are, or will be, in the Hub's own cache; a local path that exists comes first.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import re
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
-from ..errors import CheckpointError, listing, show
-from .files import os_failure, read_bytes
+from ..errors import CheckpointError, UsageError, listing, show
+from .files import exists, is_folder, names_in, os_failure, read_bytes
 from .header import read_header
+from .repository import is_hub_name, open_repository
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -45,7 +46,7 @@ def locate(source: str | os.PathLike[str]) -> Location:
     Raises CheckpointError when there is none, or more than one candidate.
     """
     path = existing(source)
-    if path.is_dir():
+    if is_folder(path):
         return _locate_folder(path)
     _refuse_pickle(path)
     return Location(path, None, [path], None, None)
@@ -63,13 +64,13 @@ def locate_adapter(source: str | os.PathLike[str]) -> Path | None:
 def locate_peft(source: str | os.PathLike[str]) -> Path | None:
     """The folder of a PEFT adapter if `source` is one (or is the weight file inside one), else None."""
     path = existing(source)
-    folder = path if path.is_dir() else path.parent
-    if not path.is_dir() and path.name != ADAPTER_WEIGHTS:
+    folder = path if is_folder(path) else path.parent
+    if not is_folder(path) and path.name != ADAPTER_WEIGHTS:
         return None
-    if not any(os.path.exists(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
+    if not any(exists(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
         return None
-    rivals = [n for n in (_MODEL, _MODEL_INDEX) if os.path.exists(folder / n)]
-    if rivals and path.is_dir():
+    rivals = [n for n in (_MODEL, _MODEL_INDEX) if exists(folder / n)]
+    if rivals and is_folder(path):
         raise CheckpointError(
             f"{show(path)}: holds both an adapter and a model ({listing(rivals)})",
             hint=f"Name the one you mean: {ADAPTER_WEIGHTS} or {rivals[0]}",
@@ -79,9 +80,13 @@ def locate_peft(source: str | os.PathLike[str]) -> Path | None:
 
 def _locate_single(path: Path) -> Path | None:
     files = [path]
-    if path.is_dir():
-        files = [file for file in path.glob("*.safetensors") if not file.name.startswith(".")]
-        if any(path.glob("*" + _INDEX_SUFFIX)):
+    if is_folder(path):
+        try:
+            names = names_in(path)
+        except OSError:  # opening it says why
+            return None
+        files = [path / name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
+        if any(name.endswith(_INDEX_SUFFIX) for name in names):
             return None
     if len(files) != 1 or files[0].suffix in _PICKLES:
         return None
@@ -105,11 +110,25 @@ def existing(source: str | os.PathLike[str]) -> Path:
             raise os_failure(error, source, "cannot open") from error
         if os.path.islink(typed):
             raise CheckpointError(f"{show(source)}: a link to nothing (or to itself)") from error
+        if isinstance(source, str) and is_hub_name(source):
+            return open_repository(source)
+        if typed and exists(Path(typed)):  # of a repository whose files are not here yet
+            return Path(typed)
         raise CheckpointError(
             f"{show(source)}: no such file or folder",
             hint="Name a .safetensors file, a model folder or an adapter folder",
         ) from error
     return Path(typed)
+
+
+def on_hub(source: str | os.PathLike[str], revision: str | None, token: str | None) -> str | os.PathLike[str]:
+    """`source` at a revision or with a token of the Hub. Raises UsageError for a revision of what is a local path."""
+    typed = os.fspath(source)
+    if os.path.lexists(os.path.expanduser(typed)) or not is_hub_name(typed):
+        if revision is not None:
+            raise UsageError(f"{show(source)}: revision {show(revision)} of what is no name on the Hub")
+        return source
+    return open_repository(typed, revision=revision, token=token)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -133,7 +152,7 @@ def _refuse_pickle(path: Path) -> None:
 
 def _locate_folder(folder: Path) -> Location:
     try:
-        names = sorted(os.listdir(folder))
+        names = names_in(folder)
     except OSError as error:
         raise os_failure(error, folder, "cannot list") from error
     indexes = [name for name in names if name.endswith(_INDEX_SUFFIX) and not name.startswith(".")]
@@ -157,7 +176,7 @@ def _locate_folder(folder: Path) -> Location:
 def _found_instead(folder: Path, names: list[str]) -> str:
     """What a folder without weights holds, and what to do about it."""
     pickles = [name for name in names if Path(name).suffix in _PICKLES]
-    below = [name for name in names if any((folder / name).glob("*.safetensors"))]
+    below = [name for name in names if is_folder(folder / name) and _holds_weights(folder / name)]
     if ADAPTER_WEIGHTS in names or ADAPTER_CONFIG in names:
         return "an adapter, expected a model here. Name the model first, then the adapter"
     if pickles:
@@ -165,6 +184,10 @@ def _found_instead(folder: Path, names: list[str]) -> str:
     if below:
         return f"no .safetensors file, but some in {listing(below)}. Name one of those folders"
     return "no .safetensors file in it. Name a model folder, a .safetensors file or an adapter folder"
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(name.endswith(".safetensors") for name in names_in(folder))
 
 
 def _locate_sharded(folder: Path, index: Path, files: list[str]) -> Location:
@@ -185,7 +208,7 @@ def _locate_sharded(folder: Path, index: Path, files: list[str]) -> Location:
             f"{show(folder)}: {stray} lies beside {index.name}; transformers would load it in place of the shards",
             hint=f"Remove the stale one, or name the file itself: {show(folder / stray)}",
         )
-    missing = [name for name in shards if not os.path.exists(folder / name)]
+    missing = [name for name in shards if not exists(folder / name)]
     if missing:
         raise CheckpointError(
             f"{show(index)}: {len(missing)} of {len(shards)} shards are missing ({listing(missing)})",

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..checkpoint.locate import locate_adapter
+from ..checkpoint.locate import locate_adapter, on_hub
 from ..delta.vector import TaskVector
 from ..delta.weighting import Depth, Scaled
-from ..errors import UsageError, show
+from ..errors import HubError, UsageError, show
 from ..run.edited import edited_checkpoint, workers_for
 from ..run.plan import OUT_DTYPES
-from .main import print_json
+from .main import REVISION, TOKEN, print_json
 from .progress import Progress, print_report
+from .push import print_pushed
+
+if TYPE_CHECKING:
+    from ..hub.push import Pushed
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -44,7 +49,9 @@ def _options(command: Command) -> Command:
     """The options that the verbs share, in the order of --help."""
     for decorate in reversed(
         [
-            click.option("-o", "--output", required=True, help="A folder, or one file if it ends in .safetensors."),
+            click.option(
+                "-o", "--output", help="A folder, or one file if it ends in .safetensors. Of --push, its last name."
+            ),
             click.option("--base", metavar="ORIGIN", help="What OLD was trained from; MODEL if not given."),
             click.option(
                 "--alpha-for", multiple=True, metavar="GLOB=A", help="Another α for tensors of this name (repeatable)."
@@ -52,6 +59,8 @@ def _options(command: Command) -> Command:
             click.option("--alpha-layers", metavar="A:B", help="α from A in the first layer to B in the last."),
             click.option("--mask", metavar="FILE", help="Multiply the difference by these tensors, element by element."),
             click.option("--force-base", is_flag=True, help="Take a saved vector for a model it was not made for."),
+            REVISION,
+            TOKEN,
             click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, cuda:0,1, cuda:all or auto."),
             click.option("--out-dtype", type=click.Choice(list(OUT_DTYPES)), default="same", show_default=True),
             click.option("--max-shard-size", metavar="SIZE", help="Like 5GB; base's shard map if not given."),
@@ -62,6 +71,11 @@ def _options(command: Command) -> Command:
             click.option("--memory", metavar="SIZE", help="Cap on the run's buffers, like 64MB: fewer threads fit."),
             click.option("--no-fsync", is_flag=True, help="Do not flush to disk: faster, not safe from power loss."),
             click.option("--sha256", is_flag=True, help="Record the SHA-256 of every weight file."),
+            click.option("--push", metavar="REPO", help="Then push it to org/name (or org/name@branch) on the Hub."),
+            click.option("--private", is_flag=True, help="Make REPO private; one that exists stays as it is."),
+            click.option(
+                "--card", type=click.Path(exists=True, dir_okay=False), help="Markdown in place of the card's body."
+            ),
             click.option("--dry-run", is_flag=True, help="Print the plan; write nothing."),
             click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, also on failure."),
             click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
@@ -149,14 +163,15 @@ def _number(option: str, text: str) -> float:
 
 
 def _run(
-    *, model: str, old: str, sign: float, alpha: float, base: str | None, output: str, dry_run: bool, as_json: bool,
+    *, model: str, old: str, sign: float, alpha: float, base: str | None, output: str | None, dry_run: bool, as_json: bool,
     quiet: bool, verbose: bool, no_fsync: bool, device: str, jobs: int | None, memory: str | None, overwrite: bool,
     sha256: bool, alpha_for: tuple[str, ...], alpha_layers: str | None, mask: str | None, force_base: bool,
-    **options: Any,
+    revision: str | None, push: str | None, private: bool, card: str | None, **options: Any,
 ) -> None:  # fmt: skip
     if quiet and verbose:
         raise UsageError("--quiet and --verbose exclude each other")
-    edited = edited_checkpoint(model, old, 1.0, base, force_base=force_base)
+    output = _output(output, push, private, card)
+    edited = edited_checkpoint(on_hub(model, revision, None), old, 1.0, base, force_base=force_base)
     edited = replace(edited, vector=sign * weighted(edited.vector, alpha, alpha_for, alpha_layers, mask))
     if dry_run:
         from ..run.device import open_device
@@ -173,7 +188,36 @@ def _run(
             output, device=device, jobs=jobs, memory=memory, overwrite=overwrite, sha256=sha256, fsync=not no_fsync,
             planned=progress.planned, progress=progress.advance, shard_done=progress.shard_done, **options,
         )  # fmt: skip
+    pushed = None if push is None else _push(report.output_name, push, private, card)
     if as_json:
-        print_json(report.summary())
+        print_json({**report.summary(), **({} if pushed is None else {"pushed": pushed.summary()})})
     elif not quiet:
         print_report(report, verbose=verbose)
+        if pushed is not None:
+            print_pushed(pushed)
+
+
+def _output(output: str | None, push: str | None, private: bool, card: str | None) -> str:
+    if push is None:
+        if output is None:
+            raise UsageError("no output", hint="Name it with -o OUT, or a repository with --push org/name")
+        if private or card:
+            raise UsageError("--private and --card are for --push")
+        return output
+    from ..hub.push import default_output
+
+    name = default_output(push)
+    if output is not None and output.endswith(".safetensors"):
+        raise UsageError("--push needs a folder as output, not one file")
+    return output or name
+
+
+def _push(output: str, repo: str, private: bool, card: str | None) -> Pushed:
+    """Push a finished output, which stays whatever happens."""
+    from ..hub.push import push
+
+    try:
+        return push(output, repo, private=private, card=card)
+    except HubError as error:
+        again = f"{show(output)} is complete: push it with `taskvec push {shlex.quote(output)} {shlex.quote(repo)}`"
+        raise HubError(error.message, hint=f"{error.hint}. {again}" if error.hint else again) from error

@@ -6,12 +6,13 @@ from typing import Any
 
 import click
 
+from ..checkpoint.locate import on_hub
 from ..delta.vector import TaskVector
 from ..errors import UsageError, counted, show
 from ..run.edited import edited_checkpoint
 from ..run.extract import SavedVector, save_vector
 from ..run.plan import human_bytes
-from .main import print_json
+from .main import REVISION, TOKEN, print_json
 from .progress import Progress
 
 
@@ -26,6 +27,8 @@ from .progress import Progress
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Without these tensors (repeatable).")
 @click.option("--force-base", is_flag=True, help="Take a saved vector for a model it was not made for.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that taskvec made, in one step.")
+@REVISION
+@TOKEN
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, cuda:0,1, cuda:all or auto.")
 @click.option("-j", "--jobs", type=int, metavar="N", help="Threads; one per processor, at most 8.")
 @click.option("--memory", metavar="SIZE", help="Cap on the run's buffers, like 64MB: fewer threads fit.")
@@ -33,7 +36,8 @@ from .progress import Progress
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, also on failure.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def extract(
-    base: str, tuned: tuple[str, ...], alpha: tuple[float, ...], output: str, force_base: bool, no_fsync: bool, as_json: bool,
+    base: str, revision: str | None, tuned: tuple[str, ...],
+    alpha: tuple[float, ...], output: str, force_base: bool, no_fsync: bool, as_json: bool,
     quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Save TUNED − BASE as a task vector, to be added or subtracted later.
@@ -44,7 +48,8 @@ def extract(
     if alpha and len(alpha) != len(tuned):
         raise UsageError(f"{len(alpha)} --alpha for {counted(len(tuned), 'tuned model')}, expected one for each, or none")
     scales = alpha or (1.0,) * len(tuned)
-    edits = [edited_checkpoint(base, old, scale, None, force_base=force_base) for old, scale in zip(tuned, scales)]
+    model = on_hub(base, revision, None)
+    edits = [edited_checkpoint(model, old, scale, None, force_base=force_base) for old, scale in zip(tuned, scales)]
     vector: TaskVector = sum((edited.vector for edited in edits[1:]), start=edits[0].vector)
     with Progress(quiet=quiet, as_json=as_json, verbose=False) as progress:
         saved = save_vector(

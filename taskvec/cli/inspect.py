@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import click
 
+from ..checkpoint.locate import on_hub
 from ..errors import counted, show
 from ..insight.inspect import Inspection
 from ..insight.inspect import inspect as inspect_source
 from ..run.plan import human_bytes
-from .main import print_json
+from .main import REVISION, TOKEN, print_json
 
 
 @click.command()
 @click.argument("model")
+@REVISION
+@TOKEN
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def inspect(model: str, as_json: bool) -> None:
-    """Names, shapes, dtypes and sizes of MODEL, a .safetensors file, a model folder or an adapter. Reads headers only."""
-    found = inspect_source(model)
+def inspect(model: str, revision: str | None, as_json: bool) -> None:
+    """Names, shapes, dtypes and sizes of MODEL, a file, a folder, an adapter or a name on the Hub. Reads headers only."""
+    found = inspect_source(on_hub(model, revision, None))
     if as_json:
         print_json({"ok": True, **found.summary()})
         return

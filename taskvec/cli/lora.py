@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
+from ..checkpoint.locate import on_hub
 from ..errors import UsageError, counted, show
 from ..run.lora.extract import Extracted, ExtractedLora, extract_lora, lora_workers
 from ..run.lora.plan import LoraPlan, plan_lora
 from ..run.plan import human_bytes
 from .edit import merge
-from .main import print_json
+from .main import REVISION, TOKEN, print_json
 
 
 @click.group()
@@ -42,6 +43,8 @@ lora.add_command(merge)
 @click.option("--include", multiple=True, metavar="GLOB", help="Only these tensors (repeatable).")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Without these tensors (repeatable).")
 @click.option("--overwrite", is_flag=True, help="Replace an output that taskvec made, in one step.")
+@REVISION
+@TOKEN
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, cuda:0,1, cuda:all or auto.")
 @click.option("-j", "--jobs", type=int, metavar="N", help="Weights at a time; one per processor (at most 8) or GPU.")
 @click.option("--memory", metavar="SIZE", help="Cap, like 8GB: fewer weights at a time. Half of the machine's if not given.")
@@ -51,7 +54,8 @@ lora.add_command(merge)
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Also list rank and error of every weight.")
 def extract(
-    base: str, tuned: str, no_fsync: bool, dry_run: bool, as_json: bool, quiet: bool, verbose: bool, device: str,
+    base: str, tuned: str, revision: str | None,
+    no_fsync: bool, dry_run: bool, as_json: bool, quiet: bool, verbose: bool, device: str,
     jobs: int | None, memory: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Write TUNED − BASE as a LoRA: a PEFT folder of low rank.
@@ -61,10 +65,11 @@ def extract(
     """
     if quiet and verbose:
         raise UsageError("--quiet and --verbose exclude each other")
+    model = on_hub(base, revision, None)
     if dry_run:
         from ..run.device import open_device
 
-        plan = plan_lora(base, tuned, **options)
+        plan = plan_lora(model, tuned, **options)
         lora_workers(plan, open_device(device), jobs, memory)  # refuses what the run would
         if as_json:
             print_json({"ok": True, "dry_run": True, "plan": plan.summary()})
@@ -73,7 +78,7 @@ def extract(
         return
     with _Weights(silent=quiet or as_json) as weights:
         made = extract_lora(
-            base, tuned, device=device, jobs=jobs, memory=memory, fsync=not no_fsync, planned=weights.planned,
+            model, tuned, device=device, jobs=jobs, memory=memory, fsync=not no_fsync, planned=weights.planned,
             extracted=weights.extracted, **options,
         )  # fmt: skip
     if as_json:

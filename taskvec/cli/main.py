@@ -23,6 +23,7 @@ _COMMANDS = {  # verb -> (module, attribute); a module is imported when its verb
     "lora": ("lora", "lora"),
     "inspect": ("inspect", "inspect"),
     "verify": ("verify", "verify"),
+    "push": ("push", "push"),
 }
 
 
@@ -61,6 +62,9 @@ def taskvec() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit. No traceback unless TASKVEC_DEBUG=1."""
+    if not sys.stderr.isatty() or {"-q", "--quiet", "--json"} & set(sys.argv):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its warnings repeat what is said here, with signed URLs
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the run has its own threads; a pool of BLAS only costs start-up
     gc.set_threshold(100_000)  # plans are many small objects without cycles: do not look for some
     signal.signal(signal.SIGTERM, _terminate)
@@ -70,6 +74,22 @@ def main() -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def take_token(ctx: click.Context, param: click.Parameter, token: str | None) -> None:
+    """--token: for this process only, and never shown."""
+    if token is not None:
+        os.environ["HF_TOKEN"] = token
+
+
+TOKEN = click.option(
+    "--token",
+    expose_value=False,
+    callback=take_token,
+    metavar="TOKEN",
+    help="Of the Hub, in place of HF_TOKEN and `hf auth login`.",
+)
+REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of the first model, if it is on the Hub.")
 
 
 def _run() -> int:

@@ -6,12 +6,13 @@ import click
 
 from ..errors import EXIT_MISMATCH, EXIT_OK, show
 from ..run.verify import verify as verify_output
-from .main import print_json
+from .main import TOKEN, print_json
 
 
 @click.command()
 @click.argument("output")
-@click.option("--against", multiple=True, metavar="PATH", help="Where an input lies now (repeatable).")
+@click.option("--against", multiple=True, metavar="PATH", help="Where an input lies now, here or on the Hub (repeatable).")
+@TOKEN
 @click.option("--sample", type=click.IntRange(min=0), default=3, show_default=True, help="Tensors to compute again.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def verify(output: str, against: tuple[str, ...], sample: int, as_json: bool) -> int:

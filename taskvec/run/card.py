@@ -13,7 +13,7 @@ from typing import Any
 
 from .._version import __version__
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import read_bytes
+from ..checkpoint.files import exists, read_bytes
 from ..delta.dense import FineTune
 from ..delta.source import AdapterSource, DeltaSource
 from ..delta.stored import StoredVector
@@ -27,7 +27,6 @@ from .stream import RunResult
 _TAGS = ("taskvec", "task-arithmetic", "merge")
 _CARRIED = ("library_name", "pipeline_tag", "language", "license_name", "license_link")
 _LARGEST_CARD = 4 << 20  # bytes
-_REPO_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")  # as the Hub has them
 _MOST_ROWS = 30  # of the table of module kinds
 
 
@@ -64,7 +63,7 @@ def _front_matter(plan: Plan) -> list[str]:
 
     own = _card_of(plan.base)
     content: dict[str, Any] = {}
-    models = [checkpoint.label for checkpoint in _inputs(plan) if _REPO_ID.fullmatch(checkpoint.label)]
+    models = [checkpoint.hub.id for checkpoint in _inputs(plan) if checkpoint.hub is not None]
     if models:
         content["base_model"] = list(dict.fromkeys(models))
         content["base_model_relation"] = "merge"
@@ -91,8 +90,9 @@ def _body(plan: Plan, result: RunResult) -> Iterable[str]:
     yield from ("## Made from", "", "| input | revision | file | bytes | SHA-256 of its header |", "|---|---|---|---|---|")
     for checkpoint in _inputs(plan):
         for shard in checkpoint.shards:
-            name, file = show(checkpoint.label), show(shard.path.name)
-            yield f"| {name} | {_revision(checkpoint)} | {file} | {shard.identity.size} | `{shard.header_sha256[:16]}…` |"
+            commit = checkpoint.hub.commit if checkpoint.hub else ""
+            file = f"{show(shard.path.name)} | {shard.identity.size} | `{shard.header_sha256[:16]}…`"
+            yield f"| {show(checkpoint.label)} | {commit} | {file} |"
     yield from ("", "## Make it again", "", *_command(plan), "")
     yield "`taskvec.json` holds the recipe, every input by size and header digest, and a checksum of every weight file:"
     yield "`taskvec verify` checks them."
@@ -139,15 +139,11 @@ def _tuned(source: DeltaSource) -> Checkpoint:
 
 
 def _typed(checkpoint: Checkpoint) -> str:
-    """A name that a person can type: a Hub id at its commit, or the last part of a path."""
-    revision = _revision(checkpoint)
-    return f"{checkpoint.label}@{revision}" if revision else checkpoint.label
-
-
-def _revision(checkpoint: Checkpoint) -> str:
-    """The commit of the Hub that a checkpoint was taken from; empty for any other place."""
-    path = checkpoint.folder or checkpoint.path.parent
-    return path.name if path.parent.name == "snapshots" else ""
+    """A name that a person can type: of the Hub, at its commit, or the last part of a path."""
+    place = checkpoint.hub
+    if place is None:
+        return checkpoint.label
+    return f"hf://{place.id}@{place.commit}/{place.path}" if place.path else f"{place.id}@{place.commit}"
 
 
 def _inputs(plan: Plan) -> list[Checkpoint]:
@@ -167,13 +163,14 @@ def _card_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The front matter of the README.md beside a checkpoint's files."""
     folder = checkpoint.folder
     try:
-        text = read_bytes(Path(folder, "README.md"), _LARGEST_CARD).decode("utf-8", "replace") if folder else ""
+        path = Path(folder or "", "README.md")
+        text = read_bytes(path, _LARGEST_CARD).decode("utf-8", "replace") if folder and exists(path) else ""
     except (OSError, TaskvecError):
         return {}
     return front_matter(text)
 
 
 def _library(base: Checkpoint) -> str | None:
-    if base.folder is not None and (base.folder / "modules.json").exists():
+    if base.folder is not None and exists(base.folder / "modules.json"):
         return "sentence-transformers"
     return "transformers" if base.config.get("model_type") else None

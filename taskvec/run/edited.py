@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.files import absent, fetch
 from ..checkpoint.header import StoredTensor, encode_header
 from ..checkpoint.locate import locate_adapter
 from ..delta.source import FLOATS, AdapterSource, stored_tensors
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
+# Set by the room that can push: (edited, repo, **options) -> Pushed. Rooms do not import upwards.
+_push: list[Callable[..., Any]] = []
+
+
+def when_pushed(push: Callable[..., Any]) -> None:
+    """Register what `edited.push_to_hub(…)` does."""
+    _push[:] = [push]
+
 
 @dataclass(frozen=True)
 class Report:
@@ -48,7 +57,9 @@ class Report:
     @property
     def warnings(self) -> list[str]:
         """What a person must know; nothing was lost by any of it."""
-        found = []
+        from .card import licence_note
+
+        found = [note for note in [licence_note(self.plan)] if note]
         if self.changes["elements_overflowed"]:
             names = [name for name, did in self.tensors.items() if did.get("overflow")]
             found.append(f"{self.changes['elements_overflowed']} elements overflowed, in {listing(names)}")
@@ -120,7 +131,7 @@ class EditedCheckpoint:
         plan = make_plan(self.base, self.vector, options, single_file=target is not None and target.single_file)
         check_factors(plan)
         if target is not None:
-            check_space(target, plan.bytes_to_write)
+            check_space(target, plan.bytes_to_write, plan.to_download)
         return plan
 
     def save(
@@ -170,6 +181,7 @@ class EditedCheckpoint:
 
         where = open_device(device)
         workers = workers_for(plan, where, jobs, memory)
+        download(plan)
         if target.single_file:
             plan = _with_metadata(plan, record.single_file_metadata(plan))
         planned(plan)
@@ -203,6 +215,7 @@ class EditedCheckpoint:
         """
         plan = make_plan(self.base, self.vector, Options(**options), single_file=True)
         check_factors(plan)
+        download(plan)
         from .live import edited_tensors
 
         yield from edited_tensors(plan, device)
@@ -210,6 +223,12 @@ class EditedCheckpoint:
     def state_dict(self, *, device: str = "cpu", **options: Any) -> dict[str, torch.Tensor]:
         """All of `tensors` as a dict, for `model.load_state_dict`."""
         return dict(self.tensors(device=device, **options))
+
+    def push_to_hub(self, repo: str, **options: Any) -> Any:
+        """Save it and push it to `org/name` on the Hub, in one commit: `output`, by default a folder here of the repository's
+        name, stays. Options: private, create_pr, revision, commit_message, card, verify_checksums, token, and those of
+        `save`. Returns a Pushed; raises HubError, and what `save` raises."""
+        return _push[0](self, repo, **options)
 
     def _inputs(self) -> list[Checkpoint]:
         return [self.base, *(checkpoint for _, source in self.vector.terms for checkpoint in source.inputs)]
@@ -300,8 +319,17 @@ def _opened(source: Checkpoint | PathLike) -> Checkpoint:
     return source if isinstance(source, Checkpoint) else Checkpoint.open(source)
 
 
+def download(plan: Plan) -> None:
+    """Fetch from the Hub what the plan reads and is not here yet; then what is known only of files that are here."""
+    needed = plan.to_download
+    if needed:
+        fetch(needed)
+        check_factors(plan)
+
+
 def check_factors(plan: Plan) -> None:
-    """Raises AdapterError naming the first adapter tensor that holds NaN or inf: the product would spread it."""
+    """Raises AdapterError naming the first adapter tensor that holds NaN or inf: the product would spread it. Files that
+    are still on the Hub are looked at when they are here."""
     from ..checkpoint.files import InputFiles
 
     adapters = [found.weights for _, source in plan.vector.terms if isinstance(found := leaf(source), AdapterSource)]
@@ -309,7 +337,8 @@ def check_factors(plan: Plan) -> None:
     files = InputFiles(plan.identities)
     try:
         for stored in stored_tensors(delta for job in plan.jobs for _, delta, _ in job.terms):
-            if stored.path in paths and stored.dtype in FLOATS and not _is_finite(stored, files):
+            known = stored.path in paths and stored.dtype in FLOATS and absent(stored.path) is None
+            if known and not _is_finite(stored, files):
                 raise AdapterError(
                     f"{show(stored.path)}: tensor {show(stored.name)}: holds NaN or inf, expected finite numbers",
                     hint="The training diverged; take an earlier step of it",

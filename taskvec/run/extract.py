@@ -22,7 +22,7 @@ from ..delta.stored import KIND, METADATA_KEY
 from ..delta.vector import TaskVector, formula, when_saved
 from ..delta.weighting import leaf
 from ..errors import UsageError, counted, listing, show
-from .edited import PathLike, check_factors, edited_checkpoint, workers_for
+from .edited import PathLike, check_factors, download, edited_checkpoint, workers_for
 from .jobs import CHECKSUM_PLACE, Job, ShardPlan, tiles
 from .output import RECORD, Staging, Target, check_space, check_target
 from .plan import OUT_DTYPES, Matched, Options, Plan, identities, match, shard_names, split_by_size
@@ -113,12 +113,13 @@ def save_vector(
     check_target(target, [model, *(c for _, source in vector.terms for c in source.inputs)], overwrite)
     plan = vector_plan(model, vector, options, single_file=target.single_file)
     check_factors(plan)
-    check_space(target, plan.bytes_to_write)
+    check_space(target, plan.bytes_to_write, plan.to_download)
     from . import stream
     from .device import open_device
 
     where = open_device(device)
     workers = workers_for(plan, where, jobs, memory)
+    download(plan)
     zero = _zero_tensors(plan)
     kept = [job.name for job in plan.jobs if job.name not in zero]
     plan = vector_plan(model, vector, options, single_file=target.single_file, names=set(kept), sources=_hashes(plan))

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -105,17 +105,31 @@ def _made_by_taskvec(target: Target) -> bool:
     return (target.path / RECORD).is_file() or not os.listdir(target.path)
 
 
-def check_space(target: Target, needed: int) -> None:
-    """Raises NotEnoughDiskError when the disk of the output has less than `needed` bytes free."""
-    parent = target.path.parent
-    while not parent.exists():
-        parent = parent.parent
+def check_space(target: Target, needed: int, downloads: Mapping[Path, int] | None = None) -> None:
+    """Raises NotEnoughDiskError when the disk of the output has less than `needed` bytes free, or the one of the Hub's cache
+    less than the `downloads` take; together, if they are one disk."""
+    parent = _standing(target.path.parent)
+    if downloads:
+        cache, size = _standing(next(iter(downloads)).parent), sum(downloads.values())
+        if os.stat(cache).st_dev == os.stat(parent).st_dev:
+            needed += size
+        elif shutil.disk_usage(cache).free < size:
+            raise NotEnoughDiskError(
+                f"the cache of the Hub: {size} bytes are needed, {shutil.disk_usage(cache).free} are free",
+                hint="Free space there, or set HF_HOME to a folder on another disk",
+            )
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise NotEnoughDiskError(
             f"{show(target.typed)}: {needed} bytes are needed, {free} are free",
             hint="Free space, or name an output on another disk",
         )
+
+
+def _standing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 class Staging:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import FileIdentity
+from ..checkpoint.files import FileIdentity, absent, size_of
 from ..checkpoint.folder import SideFile, side_files
 from ..checkpoint.header import DTYPE_BITS, StoredTensor, encode_header
 from ..delta.source import FLOATS, FormulaDelta, LowRankDelta, Resolved, ScaledDelta
@@ -78,6 +78,13 @@ class Plan:
         return sum(shard.size for shard in self.shards) + sum(file.nbytes for file in self.side)
 
     @property
+    def to_download(self) -> dict[Path, int]:
+        """Files that have to come from the Hub first -> their sizes in bytes."""
+        read = (t.path for job in self.jobs for t in (*job.elementwise, *job.factors, *job.surveyed))
+        side = (file.source for file in self.side if file.content is None)
+        return {path: size_of(path) for path in dict.fromkeys((*read, *side)) if absent(path) is not None}
+
+    @property
     def formula(self) -> str:
         return f"edited = {self.base.label} {formula(self.vector)}"
 
@@ -97,6 +104,8 @@ class Plan:
             "elements_edited": sum(job.base.elements for job in edited),
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
+            "bytes_to_download": sum(self.to_download.values()),
+            "files_to_download": [path.name for path in self.to_download],
             "buffer_bytes_per_worker": self.buffer_bytes(),
             "shards": [
                 {"name": s.name, "bytes": s.size, "tensors": len(s.jobs), "edited": sum(bool(j.terms) for j in s.jobs)}
@@ -115,6 +124,11 @@ class Plan:
             f"buffers of at most {human_bytes(s['buffer_bytes_per_worker'])} per worker",
             *(f"  {f['name']}  {human_bytes(f['bytes'])}, {f['tensors']} tensors, {f['edited']} edited" for f in s["shards"]),
         ]
+        if s["files_to_download"]:
+            lines.append(
+                f"first download {human_bytes(s['bytes_to_download'])} from the Hub, "
+                f"{counted(len(s['files_to_download']), 'file')}"
+            )
         if s["side_files"]:
             lines.append(f"copy along {', '.join(show(name) for name in s['side_files'])}")
         return "\n".join(lines + [f"note: {note}" for note in s["notes"]])

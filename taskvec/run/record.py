@@ -147,6 +147,8 @@ def _input(checkpoint: Checkpoint, output: Path | None) -> dict[str, Any]:
         for shard in checkpoint.shards
     ]
     found: dict[str, Any] = {"name": checkpoint.label, "files": files}
+    if checkpoint.hub is not None:
+        found |= {"repository": checkpoint.hub.id, "revision": checkpoint.hub.commit, "path": checkpoint.hub.path}
     here, path = Path.cwd().resolve(), Path(os.path.abspath(checkpoint.path))
     if output is not None and path.is_relative_to(here) and output.is_relative_to(here):
         found["from_output"] = Path(os.path.relpath(path, output)).as_posix()

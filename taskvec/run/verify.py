@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint, Shard
-from ..checkpoint.files import InputFiles
-from ..checkpoint.locate import ADAPTER_WEIGHTS, locate_peft, read_json
+from ..checkpoint.files import InputFiles, exists
+from ..checkpoint.locate import ADAPTER_WEIGHTS, existing, locate_peft, read_json
+from ..checkpoint.repository import cached
 from ..delta.adapters import open_adapter
 from ..delta.adapters.config import AdapterFolder
 from ..delta.dense import FineTune
@@ -178,7 +179,7 @@ def _recompute(
     found: Verification,
 ) -> None:
     try:
-        plan = _plan_again(checkpoint, content, [Path(path) for path in against])
+        plan = _plan_again(checkpoint, content, [existing(path) for path in against])
     except TaskvecError as error:
         if against:
             raise
@@ -272,8 +273,10 @@ def _find(recorded: dict[str, Any], home: Path, against: list[Path]) -> Path:
     ]
     if Path(name).name == name:
         places += [home.parent / name, Path(name)]
+    if "revision" in recorded:
+        places.append(cached(str(recorded["repository"]), str(recorded["revision"])) / str(recorded["path"]))
     for place in places:
-        if place.exists() and _is_recorded(place, recorded):
+        if exists(place) and _is_recorded(place, recorded):
             return place
     raise CheckpointError(
         f"input {show(name)} of {show(home.name)} was not found, or is another one by now",

@@ -54,7 +54,7 @@ FAILURES = {
     "alpha is inf": Failure(("add", "base", "old", "-a", "-inf", "-o", "out"), 2, "UsageError", ("-inf",)),
     "alpha is text": Failure(("add", "base", "old", "-a", "much", "-o", "out"), 2, "UsageError", ("much", "float")),
     "no alpha": Failure(("subtract", "base", "old", "-o", "out"), 2, "UsageError", ("--alpha",)),
-    "no output": Failure(("subtract", "base", "old", "-a", "1"), 2, "UsageError", ("--output",)),
+    "no output": Failure(("subtract", "base", "old", "-a", "1"), 2, "UsageError", ("-o OUT", "--push")),
     "no inputs": Failure(("subtract", "-a", "1", "-o", "out"), 2, "UsageError", ("MODEL",)),
     "an unknown verb": Failure(("sub", "base"), 2, "UsageError", ("sub", "--help")),
     "an unknown option": Failure((*RUN, "--fast"), 2, "UsageError", ("--fast",)),

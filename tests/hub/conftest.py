@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import close_session
 
+from taskvec.checkpoint import files, repository
+
 from .client import Client, adopt
 from .stand_in import Hub
 from .stand_in.xet import installed
@@ -26,6 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @contextmanager
 def opened(folder: Path, monkeypatch: pytest.MonkeyPatch, *, xet: bool) -> Iterator[Hub]:
     """A Hub, and this process and its children as the client of it; a failure of the stand-in itself fails the test."""
+    for known in (files.REMOTE, repository._resolved):  # of the process
+        known.clear()
     hub = Hub(folder / "stand-in", xet=xet)
     hub.client = Client(hub, folder, monkeypatch)
     adopt(monkeypatch, hub, hub.client)

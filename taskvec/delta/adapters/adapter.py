@@ -14,7 +14,7 @@ import numpy as np
 
 from ...checkpoint.checkpoint import Checkpoint, same_values
 from ...checkpoint.header import StoredTensor
-from ...errors import AdapterError, NameMismatchError, ShapeMismatchError, listing, show
+from ...errors import AdapterError, MismatchError, NameMismatchError, ShapeMismatchError, listing, show
 from ..source import FLOATS, Delta, DenseDelta, Formula, FormulaDelta, Resolved
 from .names import Finder, map_names
 from .stacks import Part, Stack, find_stacks, whole
@@ -177,7 +177,7 @@ class Family:
 @dataclass(frozen=True)
 class Adapter:
     """`modules` and `values` (new values of whole tensors) of one adapter. `find` maps its names to a base's; `variants`
-    say more than `family` does."""
+    say more than `family` does; `named_base` is what its config says it was trained on."""
 
     weights: Checkpoint
     family: str
@@ -188,6 +188,7 @@ class Adapter:
     variants: tuple[str, ...] = ()
     find: Finder = map_names
     origin: Checkpoint | None = None
+    named_base: str | None = None
 
     @property
     def label(self) -> str:
@@ -199,6 +200,7 @@ class Adapter:
 
     def trained_on(self, origin: Checkpoint) -> Adapter:
         """The same adapter with the base it was trained on, against which its replaced tensors are differences."""
+        origin.refuse_quantized()
         matched = replace(self, origin=origin)
         matched.resolve(origin, lambda name: True)
         return matched
@@ -223,7 +225,13 @@ class Adapter:
         Raises NameMismatchError listing adapter tensors without a counterpart, ShapeMismatchError with both shapes,
         AdapterError for what it means to a base whose head is tied to its embeddings, where that is not certain.
         """
-        matched = _Matched(self, base)
+        try:
+            matched = _Matched(self, base)
+        except MismatchError as error:
+            if self.named_base is None:
+                raise
+            hint = f"{error.hint}. " if error.hint else ""
+            raise type(error)(error.message, hint=f"{hint}Its config names {show(self.named_base)} as its base") from error
         found = Resolved(notes=list(self.notes))
         for name, delta in matched.deltas().items():
             target = matched.base[name]
@@ -256,7 +264,9 @@ class _Matched:
             self._origin = {**adapter.origin.tensors, **Ties(adapter.origin).virtual}
             self._origin_stacks = find_stacks(adapter.origin.tensors.values(), wanted)
             names = dict.fromkeys((*self._origin, *self._origin_stacks))
-            self._origins = adapter.find(wanted, names, adapter.weights.path, adapter.origin.path)
+            found = adapter.find(wanted, names, adapter.weights.path, adapter.origin.path)
+            biases = {m.bias: found[m.parameter].removesuffix("weight") + "bias" for m in adapter.modules}
+            self._origins = {**biases, **found}
 
     def deltas(self) -> dict[str, Delta]:
         """Base tensor name -> Δ."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.files import exists
 from ...checkpoint.locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from ...errors import AdapterError, CheckpointError, show
 from .patterns import pattern_matches
@@ -29,13 +31,13 @@ class AdapterFolder:
     def open(cls, folder: Path) -> AdapterFolder:
         """Raises AdapterError when one of the two files is missing, CheckpointError when one is malformed."""
         config_path, weights_path = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
-        if not config_path.exists():
+        if not exists(config_path):
             raise AdapterError(
                 f"{show(folder)}: {ADAPTER_WEIGHTS} without {ADAPTER_CONFIG}: the scale alpha/r is not in the weights",
                 hint="Fetch the config that was saved with it",
             )
-        if not weights_path.exists():
-            pickled = (folder / "adapter_model.bin").exists()
+        if not exists(weights_path):
+            pickled = exists(folder / "adapter_model.bin")
             raise AdapterError(
                 f"{show(folder)}: no {ADAPTER_WEIGHTS}" + (", only a pickle (adapter_model.bin)" if pickled else ""),
                 hint="taskvec never opens pickles; load it with PEFT and save it again" if pickled else None,
@@ -58,20 +60,25 @@ class AdapterFolder:
         return self.weights.label
 
     @property
+    def named_base(self) -> str | None:
+        """The base it names; of a path on the machine that trained it, the last part."""
+        name = self.config.get("base_model_name_or_path")
+        if not isinstance(name, str) or not name:
+            return None
+        return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", "~", ".")) or name.count("/") > 1 else name
+
+    @property
     def quantized_base(self) -> str | None:
         """The base it names, when that name says 4-bit or 8-bit: the adapter also learned that base's rounding."""
-        name = self.config.get("base_model_name_or_path")
-        if not isinstance(name, str) or not re.search(r"bnb-?4bit|bnb-?8bit|-4bit$|-8bit$", name):
-            return None
-        path_like = name.startswith(("/", "~", "."))  # of the machine that trained it
-        return name.rpartition("/")[2] if path_like else name
+        name = self.named_base
+        return name if name and re.search(r"bnb-?4bit|bnb-?8bit|-4bit$|-8bit$", name) else None
 
     def refuse(self, reason: str, hint: str | None = None) -> AdapterError:
         return AdapterError(f"{show(self.path / ADAPTER_CONFIG)}: {reason}", hint=hint)
 
     def number(self, key: str, value: object) -> float:
         """`value` of config field `key` as a number. Raises AdapterError when it is none."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise self.refuse(f"{show(key)} is {show(value)}, expected a number")
         return float(value)
 

@@ -66,6 +66,7 @@ def open_peft(folder: AdapterFolder, family: Family) -> Adapter:
         values=values,
         notes=tuple(_notes(folder, values)),
         variants=tuple(family.variants(folder.config)),
+        named_base=folder.named_base,
     )
 
 

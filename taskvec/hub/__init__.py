@@ -1,0 +1,1 @@
+"""The world outside: a finished output goes to the Hub."""

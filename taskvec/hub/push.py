@@ -1,0 +1,277 @@
+"""A finished output folder -> a repository on the Hub, in one commit: who reads it sees the old model or the new, never half.
+
+Weights are uploaded first, one by one, where no reader sees them; then one commit, guarded by the commit it was made on,
+makes them and the small files appear. An interrupted push that is run again sends only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..checkpoint.hub import hub_api, talking_about
+from ..checkpoint.locate import read_json
+from ..errors import HubError, OutputError, UsageError, VerificationError, counted, listing, show
+from ..run.edited import EditedCheckpoint, when_pushed
+from ..run.output import RECORD
+from ..run.verify import verify
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, HfApi
+
+_CARD = "README.md"
+_HASHED = 1 << 20  # bytes per read
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What is on the Hub now. `commit` is None when everything was there already; sizes in bytes."""
+
+    repo: str
+    url: str
+    commit: str | None
+    pull_request: str | None
+    files: int
+    nbytes: int
+    warnings: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """As plain data, JSON-ready: what `--json` prints."""
+        return {
+            "ok": True,
+            "repo": self.repo,
+            "url": self.url,
+            "commit": self.commit,
+            "pull_request": self.pull_request,
+            "files": self.files,
+            "bytes": self.nbytes,
+            "warnings": list(self.warnings),
+        }
+
+
+def push(
+    output: str | os.PathLike[str],
+    repo: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    card: str | Path | None = None,
+    verify_checksums: bool = False,
+    token: str | None = None,
+    uploading: Callable[[str, int], None] = lambda name, nbytes: None,
+) -> Pushed:
+    """Push an output folder of taskvec to `repo`, `org/name` on the Hub, in one commit.
+
+    Only what its record lists goes up. The folder is checked first, and not pushed if `taskvec verify` would refuse it. An
+    interrupted push that is run again sends only what is missing.
+
+    Args:
+        repo: `org/name`, `org/name@branch` or a URL of it; made if there is none.
+        private: make the repository private; one that exists is left as it is, with a warning if it is public.
+        create_pr: propose the commit as a pull request.
+        revision: a branch, made if it is missing; the main one if not given.
+        commit_message: the formula if not given.
+        card: a Markdown file whose text replaces the body of the card; the front matter stays.
+        verify_checksums: compare what the Hub holds afterwards with what was sent, file by file.
+        token: one with write access; by default that of HF_TOKEN or `hf auth login`.
+        uploading: called with the name and size in bytes of every weight file before it is sent.
+
+    Raises OutputError or VerificationError for the folder, HubError for the Hub; the folder is left as it is.
+    """
+    folder = Path(output)
+    id, branch = _target(repo, revision)
+    if create_pr and branch not in (None, "main"):
+        raise UsageError("a pull request is made to main: leave out the branch")
+    files = _manifest(folder)
+    _check(folder)
+    content = {name: _content(folder, name, card) for name in files}
+    api = hub_api(token)
+    warnings: list[str] = []
+    with talking_about(id, "make it"):
+        url = str(api.create_repo(id, private=private or None, exist_ok=True))
+    with talking_about(id, "push to it"):
+        if private and not api.repo_info(id).private:
+            warnings.append(f"{show(id)} exists already and is public: so is what was pushed")
+        if branch not in (None, "main") and not str(branch).startswith("refs/"):
+            api.create_branch(id, branch=str(branch), exist_ok=True)
+        message = commit_message or str(show(read_json(folder / RECORD).get("formula", "Edited with taskvec"), 120))
+        commit = _commit(api, _Goal(id, branch, create_pr, message), content, uploading)
+    if verify_checksums:
+        with talking_about(id, "read back what was pushed"):
+            _compare(api, id, content, commit.oid)
+    sizes = sum(data.stat().st_size if isinstance(data, Path) else len(data) for data in content.values())
+    return Pushed(id, url, commit.oid, commit.pr_url, len(content), sizes, tuple(warnings))
+
+
+class _Goal(NamedTuple):
+    """Where a commit goes, and what it says."""
+
+    repo: str
+    branch: str | None
+    create_pr: bool
+    message: str
+
+
+def _target(repo: str, revision: str | None) -> tuple[str, str | None]:
+    """The id and the branch. Raises UsageError for two branches, HubError for what is no name."""
+    from huggingface_hub import constants, parse_hf_uri
+
+    with talking_about(repo, "push to it"):
+        uri = parse_hf_uri(repo if "://" in repo else f"hf://{repo}", endpoint=constants.ENDPOINT)
+    if uri.type != "model" or uri.path_in_repo:
+        raise UsageError(f"{show(repo)}: expected the name of a model, org/name")
+    if revision is not None and uri.revision not in (None, revision):
+        raise UsageError(f"{show(repo)}: names one branch, and revision {show(revision)} is another")
+    return uri.id, uri.revision or revision
+
+
+def _manifest(folder: Path) -> list[str]:
+    """What the record lists, in the order it goes up. Raises OutputError for what is missing or leads elsewhere."""
+    if not (folder / RECORD).is_file():
+        raise OutputError(
+            f"{show(folder)}: no {RECORD} in it: not an output folder of taskvec", hint="Push what `subtract -o FOLDER` made"
+        )
+    record = read_json(folder / RECORD)
+    weights = [str(shard.get("name")) for shard in record.get("shards") or [] if isinstance(shard, dict)]
+    indexes = [path.name for path in sorted(folder.glob("*.safetensors.index.json"))] if len(weights) > 1 else []
+    listed = [*weights, *indexes, *map(str, record.get("side_files") or []), RECORD]
+    listed += [_CARD] if (folder / _CARD).is_file() else []
+    home = folder.resolve()
+    for name in listed:
+        path = folder / name
+        if any(part.startswith(".") for part in Path(name).parts) or not path.resolve().is_relative_to(home):
+            raise OutputError(f"{show(folder)}: {show(name)} of its record is hidden or leads out of the folder")
+        if not path.is_file():
+            raise OutputError(f"{show(folder)}: {show(name)} of its record is missing", hint="Make the output again")
+    return list(dict.fromkeys(listed))
+
+
+def _check(folder: Path) -> None:
+    found = verify(folder, sample=0)
+    if not found.ok:
+        raise VerificationError(f"{show(folder)}: not pushed: {found.problems[0]}", hint="Make the output again")
+
+
+def _content(folder: Path, name: str, card: str | Path | None) -> Path | bytes:
+    """A file as it goes up: as it is, but for paths of this machine in the record, and the body of the card."""
+    if name == RECORD:
+        return (json.dumps(_without_places(read_json(folder / RECORD)), indent=2, ensure_ascii=False) + "\n").encode()
+    if name == _CARD and card is not None:
+        text = (folder / _CARD).read_text("utf-8")
+        head = text[: text.index("\n---", 3) + 4] if text.startswith("---") and "\n---" in text[3:] else ""
+        return f"{head}\n\n{Path(card).read_text('utf-8')}".encode()
+    return folder / name
+
+
+def _without_places(content: Any) -> Any:
+    """The record without where its inputs lay, which is nobody's business elsewhere."""
+    if isinstance(content, dict):
+        return {key: _without_places(value) for key, value in content.items() if key != "from_output"}
+    return [_without_places(value) for value in content] if isinstance(content, list) else content
+
+
+def _commit(
+    api: HfApi, goal: _Goal, content: Mapping[str, Path | bytes], uploading: Callable[[str, int], None]
+) -> CommitInfo:
+    """Weights first, where no reader sees them; then the one commit, guarded by the head that it was made for."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    head = api.repo_info(goal.repo, revision=goal.branch).sha
+    additions = [CommitOperationAdd(name, str(d) if isinstance(d, Path) else d) for name, d in content.items()]
+    for addition in additions:
+        if addition.path_in_repo.endswith(".safetensors"):
+            uploading(addition.path_in_repo, addition.upload_info.size)
+            api.preupload_lfs_files(goal.repo, [addition], revision=goal.branch, create_pr=goal.create_pr)
+    return api.create_commit(
+        goal.repo,
+        [*additions, *(CommitOperationDelete(name) for name in _stale(api, goal, content))],
+        commit_message=goal.message,
+        revision=goal.branch,
+        create_pr=goal.create_pr,
+        parent_commit=head,
+    )
+
+
+def _stale(api: HfApi, goal: _Goal, content: Mapping[str, Path | bytes]) -> list[str]:
+    """Weight files of an earlier push to the same branch, which a loader would find beside the new ones."""
+    present = set(api.list_repo_files(goal.repo, revision=goal.branch))
+    if RECORD not in present:
+        return []
+    record = read_json(Path(api.hf_hub_download(goal.repo, RECORD, revision=goal.branch)))
+    shards = record.get("shards")
+    earlier = [str(shard.get("name")) for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
+    earlier += [name for name in present if name.endswith(".safetensors.index.json") and "/" not in name]
+    return [name for name in dict.fromkeys(earlier) if name in present and name not in content]
+
+
+def _compare(api: HfApi, repo: str, content: Mapping[str, Path | bytes], commit: str) -> None:
+    """Raises HubError naming files whose hash on the Hub is not that of what was sent."""
+    found = {info.path: info for info in api.get_paths_info(repo, list(content), revision=commit)}
+    wrong = []
+    for name, data in content.items():
+        info: Any = found.get(name)
+        if info is None or not _is_same(data, info):
+            wrong.append(name)
+    if wrong:
+        raise HubError(f"{show(repo)}: {counted(len(wrong), 'file')} differ from what was sent: {listing(wrong)}")
+
+
+def _is_same(data: Path | bytes, info: Any) -> bool:
+    size = data.stat().st_size if isinstance(data, Path) else len(data)
+    if info.lfs is not None:
+        return bool(info.lfs.sha256 == _digest(hashlib.sha256(), data) and info.size == size)
+    git = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    return bool(info.blob_id == _digest(git, data))
+
+
+def _digest(digest: Any, data: Path | bytes) -> str:
+    if isinstance(data, bytes):
+        digest.update(data)
+        return str(digest.hexdigest())
+    with open(data, "rb") as file:
+        while part := file.read(_HASHED):
+            digest.update(part)
+    return str(digest.hexdigest())
+
+
+def push_edited(
+    edited: EditedCheckpoint,
+    repo: str,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    card: str | Path | None = None,
+    verify_checksums: bool = False,
+    token: str | None = None,
+    **options: Any,
+) -> Pushed:
+    """Save to `output`, by default a folder here of the repository's own name, and push it. `options` are those of `save`.
+
+    The folder stays, pushed or not.
+    """
+    folder = default_output(repo) if output is None else output
+    report = edited.save(folder, **options)
+    return push(
+        report.output, repo, private=private, create_pr=create_pr, revision=revision, commit_message=commit_message,
+        card=card, verify_checksums=verify_checksums, token=token,
+    )  # fmt: skip
+
+
+def default_output(repo: str) -> str:
+    """The folder an edit goes to when only a repository is named: its last name."""
+    return _target(repo, None)[0].rpartition("/")[2]
+
+
+when_pushed(push_edited)
+
+__all__ = ["Pushed", "push"]

@@ -1,0 +1,304 @@
+"""Models from the Hub as inputs: names, revisions, what is fetched and when, and what goes wrong, in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+
+import taskvec as tv
+
+from .stand_in import Hub, refusals
+
+SHAPES = {"model.embed.weight": (300, 8), "model.h.0.q.weight": (8, 8), "model.h.1.q.weight": (8, 8), "norm.weight": (8,)}
+FIRST, SECOND, INDEX = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"
+SIDE = {
+    "config.json": b'{"model_type": "llama"}',
+    "tokenizer.json": b"{}",
+    "sub/chat.jinja": b"hi",
+    "README.md": b"---\nlicense: mit\n---\n",
+}
+JUNK = {"pytorch_model.bin": b"\x80pickle", "original/consolidated.pth": b"\x80", "model.gguf": b"GGUF" * 100}
+
+
+def tensors(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in SHAPES.items()}
+
+
+def sharded(seed: int) -> dict[str, bytes]:
+    held = tensors(seed)
+    parts = {FIRST: dict(list(held.items())[:2]), SECOND: dict(list(held.items())[2:])}
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    index = {"metadata": {}, "weight_map": weight_map}
+    return {**{file: save(part) for file, part in parts.items()}, INDEX: json.dumps(index).encode()}
+
+
+def adapter(**config: Any) -> dict[str, bytes]:
+    generator = torch.Generator().manual_seed(9)
+    held = {
+        f"base_model.model.model.h.0.q.lora_{x}.weight": torch.randn(s, generator=generator)
+        for x, s in (("A", (2, 8)), ("B", (8, 2)))
+    }
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "org/base", **config}
+    return {"adapter_model.safetensors": save(held), "adapter_config.json": json.dumps(settings).encode()}
+
+
+@pytest.fixture
+def models(hub: Hub) -> Hub:
+    hub.add_model("org/base", {**sharded(1), **SIDE, **JUNK})
+    hub.add_model("org/old", {"model.safetensors": save(tensors(2)), "config.json": b"{}", "tokenizer.json": b"{}" * 999})
+    hub.add_model("me/lora", adapter())
+    return hub
+
+
+@pytest.fixture
+def local(models: Hub, tmp_path: Path) -> Path:
+    """The same models as folders."""
+    for name, files in {
+        "base": {**sharded(1), **SIDE},
+        "old": {"model.safetensors": save(tensors(2))},
+        "lora": adapter(),
+    }.items():
+        for file, data in files.items():
+            path = tmp_path / "local" / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    return tmp_path / "local"
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def fetched(hub: Hub, file: str = "*.safetensors") -> int:
+    """Bytes of whole files and ranges that went over the wire."""
+    return int(hub.requests.of("cdn", file=file, method="GET").sent)
+
+
+def test_names_of_the_hub_are_taken_wherever_a_path_is(models: Hub, local: Path, tmp_path: Path) -> None:
+    tv.subtract("org/base", "org/old", alpha=0.3, output=tmp_path / "a", fsync=False)
+    tv.subtract(local / "base", local / "old", alpha=0.3, output=tmp_path / "b", fsync=False)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    tv.subtract("org/base", "me/lora", alpha=0.3, output=tmp_path / "c", fsync=False)
+    tv.subtract(local / "base", local / "lora", alpha=0.3, output=tmp_path / "d", fsync=False)
+    assert weights(tmp_path / "c") == weights(tmp_path / "d") != weights(tmp_path / "b")
+    made = {path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    assert made == {FIRST, SECOND, INDEX, "config.json", "tokenizer.json", "sub/chat.jinja", "README.md", "taskvec.json"}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "org/base",
+        "org/base@main",
+        "org/base@v1",
+        "hf://org/base",
+        "hf://models/org/base@v1",
+        "{0}/org/base",
+        "{0}/org/base/tree/v1",
+    ],
+)
+def test_every_spelling_of_a_name_is_understood(spelling: str, models: Hub) -> None:
+    sha = models.add_model("org/base", {"notes.txt": b"x"}, tags=["v1"])
+    checkpoint = tv.Checkpoint.open(spelling.format(models.endpoint))
+    assert checkpoint.label == "org/base" and checkpoint.path.name == sha
+    assert set(checkpoint.tensors) == set(SHAPES)
+
+
+def test_a_file_of_a_repository_is_its_weights_alone(models: Hub) -> None:
+    checkpoint = tv.Checkpoint.open(f"hf://org/base/{FIRST}")
+    assert set(checkpoint.tensors) == {"model.embed.weight", "model.h.0.q.weight"} and checkpoint.folder is None
+
+
+def test_a_local_path_comes_first(models: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org/base").mkdir(parents=True)
+    save_file({"w": torch.ones(2)}, tmp_path / "org/base/model.safetensors")
+    before = len(models.requests)
+    assert list(tv.Checkpoint.open("org/base").tensors) == ["w"] and len(models.requests) == before
+
+
+@pytest.mark.parametrize("missing", ["./org/base", "/org/base", "base", "a/b/c", "base.safetensors"])
+def test_what_is_no_name_asks_nobody(missing: str, models: Hub) -> None:
+    before = len(models.requests)
+    with pytest.raises(tv.CheckpointError, match="no such file or folder"):
+        tv.Checkpoint.open(missing)
+    assert len(models.requests) == before
+
+
+def test_the_revision_is_resolved_once_and_recorded(models: Hub, tmp_path: Path) -> None:
+    first = models.head("org/old")
+    old = tv.TaskVector.between("org/base", "org/old")
+    second = models.add_model("org/old", {"model.safetensors": save(tensors(3))})  # somebody pushes meanwhile
+    assert second != first
+    (tv.Checkpoint.open("org/base") - old).save(tmp_path / "out", fsync=False)
+    record = json.loads((tmp_path / "out/taskvec.json").read_text())
+    assert record["vector"][0]["tuned"]["revision"] == first
+    card = (tmp_path / "out/README.md").read_text()
+    assert first in card and f"org/old@{first}" in card and str(tmp_path) not in card
+    head = card.split("---")[1]
+    assert "- org/base\n- org/old\n" in head and "base_model_relation: merge" in head and "license: mit" in head
+
+
+def test_a_revision_may_be_named_apart(models: Hub) -> None:
+    first = models.head("org/old")
+    models.add_model("org/old", {"model.safetensors": save(tensors(3))})
+    assert tv.Checkpoint.open("org/old", revision=first).path.name == first
+    with pytest.raises(tv.UsageError, match="another"):
+        tv.Checkpoint.open("org/old@main", revision=first)
+    with pytest.raises(tv.HubError, match="no such revision"):
+        tv.Checkpoint.open("org/old@nope")
+
+
+def test_headers_are_read_by_ranges_and_no_weights_come(models: Hub) -> None:
+    inspected = tv.inspect("org/base")
+    assert {tensor.name for tensor in inspected.tensors} == set(SHAPES)
+    size = sum(len(data) for file, data in models.files("org/base").items() if file.endswith(".safetensors"))
+    headers = sum(
+        8 + int.from_bytes(d[:8], "little") for f, d in models.files("org/base").items() if f.endswith(".safetensors")
+    )
+    assert fetched(models) == headers < size / 2
+    assert not models.requests.of("cdn", file="*.bin") and not models.requests.of(file="*tokenizer*")
+    assert tv.inspect("me/lora").adapter["scales"] == {"2": 1}
+
+
+def test_a_dry_run_says_what_would_be_downloaded_and_downloads_nothing(models: Hub, tmp_path: Path) -> None:
+    edited = tv.Checkpoint.open("org/base") - 0.3 * tv.TaskVector.between("org/base", "org/old")
+    before = fetched(models)
+    plan = edited.plan(output=tmp_path / "out")
+    assert fetched(models) == before
+    sizes = {file: len(data) for repo in ("org/base", "org/old") for file, data in models.files(repo).items()}
+    wanted = {FIRST, SECOND, "model.safetensors", "tokenizer.json", "sub/chat.jinja"}
+    assert {path.name for path in plan.to_download} == {Path(name).name for name in wanted}
+    expected = sum(sizes[name] for name in (FIRST, SECOND, "model.safetensors", "sub/chat.jinja")) + 2
+    assert plan.summary()["bytes_to_download"] == expected
+    assert "first download" in str(plan) and "5 files" in str(plan)
+
+
+def test_only_the_shards_that_hold_wanted_tensors_come(models: Hub, tmp_path: Path) -> None:
+    models.add_model("org/tuned", sharded(2))
+    tv.subtract("org/base", "org/tuned", alpha=1, output=tmp_path / "out", include=["model.h.1.*"], fsync=False)
+    tuned = models.client.cache / "models--org--tuned"
+    assert {path.name for path in tuned.rglob("*.safetensors")} == {SECOND}
+    assert not list(tuned.rglob("*.bin")) and not list((models.client.cache / "models--org--base").rglob("*.gguf"))
+
+
+def test_what_is_in_the_cache_is_not_fetched_again(models: Hub, tmp_path: Path) -> None:
+    tv.subtract("org/base", "org/old", alpha=0.3, output=tmp_path / "a", fsync=False)
+    before = fetched(models)
+    tv.subtract("org/base", "org/old", alpha=0.5, output=tmp_path / "b", fsync=False)
+    assert fetched(models) == before
+
+
+def test_offline_the_cache_is_enough_and_says_what_it_lacks(models: Hub, tmp_path: Path) -> None:
+    tv.subtract("org/base", "org/old", alpha=0.3, output=tmp_path / "a", fsync=False)
+    done = models.client.run(
+        "taskvec", "subtract", "org/base", "org/old", "--alpha", "0.3", "-o", "again", HF_HUB_OFFLINE="1"
+    )
+    assert done.returncode == 0, done.stderr
+    assert weights(models.client.here / "again") == weights(tmp_path / "a")
+    lacking = models.client.run("taskvec", "subtract", "org/base", "me/lora", "--alpha", "1", "-o", "out", HF_HUB_OFFLINE="1")
+    assert lacking.returncode == 1 and "me/lora" in lacking.stderr and "HF_HUB_OFFLINE" in lacking.stderr
+    assert lacking.stderr.count("\n") == 1 and not (models.client.here / "out").exists()
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_stopped(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    large = {"w": torch.randn(200, 1000)}
+    for name in ("base", "old"):
+        hub.add_model(f"org/{name}", {"model.safetensors": save(large)})
+    base = tv.Checkpoint.open("org/base")
+    hub.fault("cdn", file="model.safetensors", skip=0, after_bytes=300_000, times=1)
+    tv.subtract(base, "org/old", alpha=1, output=tmp_path / "out", fsync=False)
+    assert fetched(hub) < 2 * len(save(large)) + 100_000  # not three times
+    assert load_file(tmp_path / "out/model.safetensors")["w"].equal(large["w"])
+
+
+PROBLEMS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "no such repository": ("org/nothing", ("org/nothing", "no such repository", "hf auth login")),
+    "private": ("other/private", ("other/private", "private one", "hf auth login")),
+    "gated": ("other/gated", ("other/gated", "gated", "access")),
+    "no such revision": ("org/base@nope", ("org/base@nope", "no such revision", "branch")),
+    "no such file": ("hf://org/base/nope.safetensors", ("nope.safetensors",)),
+    "a dataset": ("hf://datasets/org/data", ("dataset", "expected a model")),
+    "no weights": ("org/empty", ("org", "no .safetensors")),
+}
+
+
+@pytest.mark.parametrize("case", PROBLEMS)
+def test_every_problem_is_one_line_with_the_next_thing_to_type(case: str, models: Hub) -> None:
+    models.add_model("other/private", {"config.json": b"{}"}, private=True)
+    models.add_model("other/gated", {"config.json": b"{}", "model.safetensors": save(tensors(1))}, gated="manual")
+    models.add_model("org/empty", {"config.json": b"{}"})
+    source, parts = PROBLEMS[case]
+    done = models.client.run("taskvec", "subtract", source, "org/old", "--alpha", "1", "-o", "out")
+    assert done.returncode in (1, 2), done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert all(part in done.stderr for part in parts), done.stderr
+    assert not (models.client.here / "out").exists()
+    assert models.token not in done.stderr
+
+
+def test_no_token_at_all(models: Hub) -> None:
+    models.add_model("me/secret", {"model.safetensors": save(tensors(1))}, private=True)
+    assert tv.Checkpoint.open("me/secret").label == "me/secret"
+    models.client.log_in(None)
+    done = models.client.run("taskvec", "inspect", "me/secret")
+    assert done.returncode == 1 and "hf auth login" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_token_may_be_given_apart_and_goes_nowhere_else(models: Hub, tmp_path: Path) -> None:
+    models.add_model("me/secret", {"model.safetensors": save(tensors(1))}, private=True)
+    models.client.log_in(None)
+    done = models.client.run("taskvec", "inspect", "me/secret", "--token", models.token)
+    assert done.returncode == 0 and models.token not in done.stdout + done.stderr
+    base = tv.Checkpoint.open("me/secret", token=models.token)
+    (base - tv.TaskVector.between(base, "org/old")).save(tmp_path / "out", fsync=False)
+    assert all(models.token.encode() not in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert models.token not in repr(base) + repr(base.__dict__)
+    assert not any(request.token for request in models.requests.of(host="cdn"))
+
+
+def test_an_unreachable_hub_is_said_in_one_line(models: Hub) -> None:
+    models.stop()
+    done = models.client.run("taskvec", "inspect", "org/base")
+    models.start()
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "org/base" in done.stderr and "cannot be reached" in done.stderr
+
+
+def test_a_refusal_while_downloading_loses_nothing(models: Hub, tmp_path: Path) -> None:
+    base = tv.Checkpoint.open("org/base")
+    edited = base - tv.TaskVector.between(base, "org/old")
+    models.fault("cdn", refusal=refusals.rate_limit(), times=99)
+    with pytest.raises(tv.HubError, match="org/"):
+        edited.save(tmp_path / "out", fsync=False)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_sub_folder_of_a_repository_is_a_model(models: Hub) -> None:
+    models.add_model("org/pipeline", {f"unet/{file}": data for file, data in sharded(1).items()})
+    assert set(tv.Checkpoint.open("hf://org/pipeline/unet").tensors) == set(SHAPES)
+
+
+def test_the_output_is_verified_against_the_cache_without_the_network(models: Hub, tmp_path: Path) -> None:
+    tv.subtract("org/base", "org/old", alpha=0.3, output=tmp_path / "out", fsync=False)
+    before = len(models.requests)
+    found = tv.verify(tmp_path / "out")
+    assert found.ok and not found.skipped and len(models.requests) == before
+
+
+def test_the_base_an_adapter_names_is_a_hint_and_is_not_fetched(models: Hub, tmp_path: Path) -> None:
+    save_file({"other.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(tv.NameMismatchError, match="names org/base as its base"):
+        tv.subtract(tmp_path / "other.safetensors", "me/lora", alpha=1, output=tmp_path / "out")
+    assert not [request for request in models.requests if "org/base" in request.path]
