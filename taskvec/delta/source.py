@@ -69,11 +69,14 @@ class Formula(ABC):
     Attributes:
         uses_weight: whether Δ of some rows depends on those rows of W.
         surveys_weight: whether `prepare` reads W: the tensor is then handled by one worker.
+        judges_tensors: whether `prepare` may refuse the adapter's tensors: they are then shown to it before anything runs.
+        judges_tensors: whether `prepare` may refuse the adapter's tensors: they are then shown to it before anything runs.
         replaces: whether it puts new values in the place of some of W's, whatever they are.
     """
 
     uses_weight: bool = True
     surveys_weight: bool = False
+    judges_tensors: bool = False
     replaces: bool = False
 
     def prepare(self, tensors: list[NDArray[float64]], blocks: Callable[[], Iterable[NDArray[float64]]]) -> Any:

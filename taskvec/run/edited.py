@@ -13,7 +13,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import absent, fetch
 from ..checkpoint.header import StoredTensor, encode_header
 from ..checkpoint.locate import locate_adapter
-from ..delta.source import FLOATS, AdapterSource, stored_tensors
+from ..delta.source import FLOATS, AdapterSource, FormulaDelta, stored_tensors
 from ..delta.stored import StoredVector, told
 from ..delta.vector import TaskVector, finite, when_added
 from ..delta.weighting import leaf
@@ -343,8 +343,23 @@ def check_factors(plan: Plan) -> None:
                     f"{show(stored.path)}: tensor {show(stored.name)}: holds NaN or inf, expected finite numbers",
                     hint="The training diverged; take an earlier step of it",
                 )
+        for job in plan.jobs:
+            for _, delta, _ in job.terms:
+                if isinstance(delta, FormulaDelta) and delta.formula.judges_tensors:
+                    delta.formula.prepare([_values(stored, files) for stored in delta.tensors], lambda: ())
     finally:
         files.close()
+
+
+def _values(stored: StoredTensor, files: InputFiles) -> Any:
+    """A small stored tensor, in float64."""
+    import numpy as np
+
+    from ..checkpoint.floats import decode
+
+    raw = np.empty(stored.nbytes, np.uint8)
+    files.read(stored.path, raw.data, stored.offset, stored.name)
+    return decode(raw, stored.dtype, np.empty(stored.elements, np.float64)).reshape(stored.shape)
 
 
 def _is_finite(stored: StoredTensor, files: InputFiles) -> bool:
@@ -380,13 +395,17 @@ def workers_for(plan: Plan, device: Device, jobs: int | None, memory: int | str 
         raise UsageError(f"jobs {jobs}, expected at least 1")
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = jobs or device.workers or min(8, available)
-    if memory is None:
-        return wanted
     needed = plan.buffer_bytes(device.batch)
+    if memory is None:
+        return wanted if jobs else max(1, min(wanted, _half_of_memory() // max(1, needed)))
     fitting = parse_bytes("memory", memory) // max(1, needed)
     if fitting < 1:
         raise UsageError(f"memory {show(memory)}: one thread of this run needs {human_bytes(needed)} of buffers")
     return min(wanted, fitting)
+
+
+def _half_of_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 when_added(EditedCheckpoint)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,6 +200,7 @@ def match(base: Checkpoint, vector: TaskVector, options: Options) -> Matched:
     resolved = [(coefficient, source.resolve(base, keep)) for coefficient, source in vector.terms]
     keep.check_used(base, vector)
     _check_patterns(resolved)
+    _share_untied(resolved, base, keep)
     terms = _collect_terms(resolved)
     holding = [source for _, source in vector.terms if any(checkpoint.tensors for checkpoint in leaf(source).inputs)]
     if holding and not any(found.deltas for _, found in resolved):
@@ -217,6 +218,19 @@ def match(base: Checkpoint, vector: TaskVector, options: Options) -> Matched:
         missing=tuple(dict.fromkeys(name for _, found in resolved for name in found.missing)),
         unused=tuple(dict.fromkeys(name for _, found in resolved for name in found.unused)),
     )
+
+
+def _share_untied(resolved: list[tuple[float, Resolved]], base: Checkpoint, keep: Callable[[str], bool]) -> None:
+    """Where one term unties a tensor from another, what the other terms add to the two while they are one is added to both."""
+    added = {name: tensor for _, found in resolved for name, tensor in found.added.items() if keep(name)}
+    for name, tensor in added.items():
+        start = next(own for own, held in base.tensors.items() if (held.path, held.offset) == (tensor.path, tensor.offset))
+        for _, found in resolved:
+            if name in found.added or start not in found.deltas:
+                continue
+            found.deltas[name] = found.deltas[start]
+            found.masks.update({name: found.masks[start]} if start in found.masks else {})
+            found.factors.update({name: found.factors[start]} if start in found.factors else {})
 
 
 def identities(base: Checkpoint, vector: TaskVector) -> dict[Path, FileIdentity]:

@@ -8,7 +8,7 @@ import os
 from ...checkpoint.locate import ADAPTER_CONFIG, locate_adapter, locate_peft
 from ...errors import AdapterError, show
 from ..source import AdapterSource
-from .config import AdapterFolder
+from .config import MERGE_FIRST, AdapterFolder
 
 FAMILIES = {  # peft_type in adapter_config.json -> the module beside this one whose FAMILY it is
     "LORA": "lora",
@@ -67,7 +67,7 @@ def open_adapter(source: str | os.PathLike[str]) -> AdapterSource:
         from .peft import open_peft
 
         return open_peft(adapter, importlib.import_module(f".{FAMILIES[adapter.family]}", __package__).FAMILY)
-    hint: str | None = "Merge it with PEFT (merge_and_unload, save_pretrained) and subtract the merged model"
+    hint: str | None = MERGE_FIRST
     if adapter.family in _NO_WEIGHTS:
         reason, hint = "it changes the inputs or the activations: there is no vector to subtract", None
     else:

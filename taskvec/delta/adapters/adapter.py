@@ -146,7 +146,7 @@ class Family:
         bias: Δ of the module's bias, None if it does not change; asked if the base has one, or `biased` is among the tensors.
         biased: suffixes that need the module to have a bias.
         shared: names of tensors that belong to no module.
-        ignored: suffixes of tensors that matter in training only.
+        integers: suffixes of tensors that are whole numbers.
         fields: fields of the config that the formula uses, or that are known to mean nothing to it.
         refused: field -> what it stands for: refused when it is set.
         check: refuses what else the config asks for. Raises AdapterError.
@@ -163,7 +163,7 @@ class Family:
     bias: Callable[[Module, Weight], Delta | None] = lambda module, bias: None
     biased: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
+    integers: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[Any], None] = lambda folder: None
@@ -232,6 +232,7 @@ class Adapter:
                 raise
             hint = f"{error.hint}. " if error.hint else ""
             raise type(error)(error.message, hint=f"{hint}Its config names {show(self.named_base)} as its base") from error
+        self._refuse_without_biases(base)
         found = Resolved(notes=list(self.notes))
         for name, delta in matched.deltas().items():
             target = matched.base[name]
@@ -243,8 +244,20 @@ class Adapter:
                     "into"
                 )
             found.deltas[name] = delta
-        matched.ties.settle(found, self.weights.path, keep)
+        matched.ties.settle(found, self.weights.path, keep, matched.origin_ties)
         return found
+
+    def _refuse_without_biases(self, base: Checkpoint) -> None:
+        """bias=all stores every bias of the model: a file without any is not all of it, if the model has some."""
+        every = any(module.config.get("bias") == "all" for module in self.modules)
+        if every and not any(name.endswith("bias") for name in self.values):
+            biases = [name for name in base.tensors if name.endswith(".bias")]
+            if biases:
+                raise AdapterError(
+                    f"{show(self.weights.path)}: bias is all in its config, but it has none of the biases of "
+                    f"{show(base.path)} ({listing(biases, 2)})",
+                    hint="Save it again",
+                )
 
 
 class _Matched:
@@ -252,7 +265,7 @@ class _Matched:
 
     def __init__(self, adapter: Adapter, base: Checkpoint) -> None:
         self._adapter = adapter
-        self.ties = Ties(base)
+        self.ties = self.origin_ties = Ties(base)
         self.base = {**base.tensors, **self.ties.virtual}
         wanted = [name for module in adapter.modules for name in _wanted(module)] + list(adapter.values)
         self._stacks = find_stacks(base.tensors.values(), wanted)
@@ -261,7 +274,8 @@ class _Matched:
         self._origin_checkpoint = adapter.origin or base
         self._origin, self._origins, self._origin_stacks = self.base, self._targets, self._stacks
         if adapter.origin is not None:
-            self._origin = {**adapter.origin.tensors, **Ties(adapter.origin).virtual}
+            self.origin_ties = Ties(adapter.origin)
+            self._origin = {**adapter.origin.tensors, **self.origin_ties.virtual}
             self._origin_stacks = find_stacks(adapter.origin.tensors.values(), wanted)
             names = dict.fromkeys((*self._origin, *self._origin_stacks))
             found = adapter.find(wanted, names, adapter.weights.path, adapter.origin.path)

@@ -15,6 +15,7 @@ from ...checkpoint.locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from ...errors import AdapterError, CheckpointError, show
 from .patterns import pattern_matches
 
+MERGE_FIRST = "Merge it with PEFT (merge_and_unload, save_pretrained) and subtract the merged model"
 _LONGEST_PATTERN = 1000  # characters; a module name has about 50
 
 

@@ -26,16 +26,15 @@ from typing import Any
 import numpy as np
 
 from ...checkpoint.header import StoredTensor
-from ...errors import AdapterError, show
+from ...errors import AdapterError, listing, show
 from ..source import Delta, Formula, FormulaDelta, LowRankDelta
 from .adapter import Family, Module, Weight
-from .config import AdapterFolder
+from .config import MERGE_FIRST, AdapterFolder
 from .stacks import Part, rows_of
 
 _ORDER = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")  # as registered
 _NOT_FOR_PARAMETERS = ("use_dora", "use_bdlora", "lora_bias")  # PEFT refuses to train such
 _AS_TRAINED = "Merge it with the PEFT and the transformers it was trained with, and subtract the merged model"
-_MERGE_FIRST = "Merge it with PEFT (merge_and_unload, save_pretrained) and subtract the merged model"
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,8 @@ def arrange(modules: list[Module], folder: AdapterFolder) -> list[Module]:
             arranged += layers
         else:
             raise _unknown(layers)
+    if targets and not any(isinstance(module, Parameter) for module in arranged):
+        raise folder.refuse(f"target_parameters names {listing(targets)}, and the file has no factors of them")
     found = {(p.name.rpartition(".")[2], *_sides(p)) for p in arranged if isinstance(p, Parameter)}
     return [replace(module, peers=tuple(sorted(found))) if isinstance(module, Parameter) else module for module in arranged]
 
@@ -79,7 +80,7 @@ def _targets(folder: AdapterFolder) -> list[str]:
     if targets and str(folder.config.get("init_lora_weights")) in ("pissa", "olora"):
         unfit.append("init_lora_weights")
     if unfit:
-        raise folder.refuse(f"target_parameters with {unfit[0]}: PEFT trains no such adapter", _MERGE_FIRST)
+        raise folder.refuse(f"target_parameters with {unfit[0]}: PEFT trains no such adapter", MERGE_FIRST)
     return targets
 
 
@@ -102,10 +103,10 @@ def _parameters(name: str, leaves: list[str], layers: list[Module], folder: Adap
         raise layers[0].refuse(
             f"target_parameters names {', '.join(show(leaf) for leaf in leaves)} of it, but the file holds factors for "
             f"{len(layers)} parameters",
-            _MERGE_FIRST,
+            MERGE_FIRST,
         )
     if len(leaves) > 1 and not set(leaves) <= set(_ORDER):
-        raise layers[0].refuse(f"which of {', '.join(show(leaf) for leaf in leaves)} comes first is not known", _MERGE_FIRST)
+        raise layers[0].refuse(f"which of {', '.join(show(leaf) for leaf in leaves)} comes first is not known", MERGE_FIRST)
     for leaf, module in zip(leaves, outermost_last):
         yield _parameter(f"{name}.{leaf}", module, folder)
 
@@ -125,14 +126,14 @@ def _unknown(layers: list[Module]) -> AdapterError:
     if deepest.name.endswith(".base_layer.out_proj"):
         return deepest.refuse("the output of an nn.MultiheadAttention, which PEFT applies twice (peft#3774)", _AS_TRAINED)
     return deepest.refuse(
-        "its factors belong to a bare parameter, but target_parameters in the config does not say which", _MERGE_FIRST
+        "its factors belong to a bare parameter, but target_parameters in the config does not say which", MERGE_FIRST
     )
 
 
 def _check_factors(module: Module) -> None:
     a, b = module.expect("lora_A.weight", None, None), module.expect("lora_B.weight", None, None)
     if len(module.tensors) != 2:
-        raise module.refuse("a bare parameter has lora_A and lora_B, but there are others", _MERGE_FIRST)
+        raise module.refuse("a bare parameter has lora_A and lora_B, but there are others", MERGE_FIRST)
     if a.shape[0] != b.shape[1]:
         raise module.refuse(f"A is {list(a.shape)}, B is {list(b.shape)}: their ranks differ")
 
@@ -162,7 +163,7 @@ def weight(module: Module, weight: Weight) -> Delta:
     if weight.part is None:
         return LowRankDelta(b, a, module.scale)
     if experts == 1:
-        raise module.refuse("a layer of one expert, which PEFT merges as a plain matrix", _MERGE_FIRST)
+        raise module.refuse("a layer of one expert, which PEFT merges as a plain matrix", MERGE_FIRST)
     turned = _turned(module, weight)
     if weight.part.expert is None:
         return FormulaDelta(_AllExperts(experts, module.scale, turned), (a, b), weight.origin, columns)

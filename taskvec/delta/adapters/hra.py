@@ -40,6 +40,8 @@ class _Reflected(Formula):
     orthonormal: bool
     where: str  # the tensor, for a message
 
+    judges_tensors = True
+
     def prepare(self, tensors: list[Any], blocks: Callable[[], Iterable[Any]]) -> Any:
         """L and R."""
         lengths = np.sqrt(np.sum(tensors[0] * tensors[0], axis=0))

@@ -104,7 +104,8 @@ def _low_rank(module: Module, weight: Weight, a: StoredTensor, b: StoredTensor) 
     blocks = _blocks(module, a, b)
     inside, rank = a.shape[1] * (blocks.nblocks if blocks.a else 1), b.shape[1] * (blocks.nblocks if blocks.b else 1)
     if rank != a.shape[0]:
-        raise module.refuse(f"A is {list(a.shape)}, B is {list(b.shape)}: their ranks differ")
+        groups = "; a convolution in groups, which PEFT cannot merge" if len(a.shape) > 2 else ""
+        raise module.refuse(f"A is {list(a.shape)}, B is {list(b.shape)}: their ranks differ{groups}")
     found, stored = (b.shape[0], inside, *a.shape[2:]), weight.stored.shape
     embedding = "lora_embedding_A" in module
     straight, turned = found == stored and not embedding, len(stored) == 2 and found[::-1] == stored
@@ -136,17 +137,18 @@ class _BlockDiagonal:
 
 def _blocks(module: Module, a: StoredTensor, b: StoredTensor) -> _BlockDiagonal:
     config = module.config.get("use_bdlora") or {}
-    if not isinstance(config, dict):
-        raise module.refuse(f"use_bdlora is {show(config)}, expected an object with nblocks")
+    lists = {f"target_modules_bd_{factor}": factor for factor in "ab"}
+    if not isinstance(config, dict) or not config.keys() <= {"nblocks", "match_strict", *lists}:
+        raise module.refuse(f"use_bdlora is {show(config)}, expected an object with nblocks and lists of modules")
+    named = {factor: config.get(key) or [] for key, factor in lists.items()}
     nblocks = config.get("nblocks", 1)
-    in_a, in_b = (any(str(part) in module.name for part in config.get(f"target_modules_bd_{f}") or []) for f in "ab")
-    divides = (
-        isinstance(nblocks, int) and nblocks >= 1 and not ((in_a and a.shape[0] % nblocks) or (in_b and b.shape[0] % nblocks))
-    )
-    if not divides or (in_a and in_b):
-        raise module.refuse(
-            f"use_bdlora asks for nblocks {show(nblocks)} of {'both factors' if in_a and in_b else 'its shapes'}"
-        )
+    counted = isinstance(nblocks, int) and not isinstance(nblocks, bool) and nblocks >= 1
+    if not counted or not all(isinstance(parts, list) for parts in named.values()):
+        raise module.refuse(f"use_bdlora is {show(config)}, expected a number of blocks and lists of modules")
+    in_a, in_b = (any(str(part) in module.name for part in named[factor]) for factor in "ab")
+    if (in_a and a.shape[0] % nblocks) or (in_b and b.shape[0] % nblocks) or (in_a and in_b):
+        what = "both factors" if in_a and in_b else "its shapes"
+        raise module.refuse(f"use_bdlora asks for nblocks {show(nblocks)} of {what}")
     return _BlockDiagonal(nblocks, in_a, in_b)
 
 

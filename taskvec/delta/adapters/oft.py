@@ -25,6 +25,7 @@ from .adapter import Family, Module, Weight
 from .config import AdapterFolder
 
 _OLD = ("oft_r", "oft_s", "oft_r.weight", "oft_s.weight")
+_MOST_TERMS = 1000  # of the series; 5 is usual
 _RETRAIN = "Merge it with the PEFT version that trained it, and subtract the merged model"
 
 
@@ -142,8 +143,8 @@ def _check(folder: AdapterFolder) -> None:
         raise folder.refuse("no oft_block_size: it is the OFT of PEFT before 0.14, whose formula is another one", _RETRAIN)
     if config.get("use_cayley_neumann", True):
         terms = config.get("num_cayley_neumann_terms", 5)
-        if isinstance(terms, bool) or not isinstance(terms, int) or terms < 1:
-            raise folder.refuse(f"num_cayley_neumann_terms is {show(terms)}, expected a number of terms")
+        if isinstance(terms, bool) or not isinstance(terms, int) or not 1 <= terms <= _MOST_TERMS:
+            raise folder.refuse(f"num_cayley_neumann_terms is {show(terms)}, expected 1 to {_MOST_TERMS}")
         if not _since_018(config.get("peft_version")):
             raise folder.refuse(
                 f"use_cayley_neumann with peft_version {show(config.get('peft_version'))}: another series before 0.18",

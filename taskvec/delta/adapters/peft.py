@@ -8,14 +8,16 @@ name after `base_model.model.` (PEFT 0.21, utils/save_and_load.py).
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ...checkpoint.checkpoint import same_bytes
 from ...checkpoint.header import StoredTensor
-from ...errors import AdapterError, show
+from ...errors import AdapterError, listing, show
 from ..source import FLOATS
 from .adapter import Adapter, Family, Module
-from .config import AdapterFolder
+from .config import MERGE_FIRST, AdapterFolder
 from .names import peft_name
 
 _WITHOUT_EFFECT = {
@@ -28,7 +30,6 @@ _OF_AN_ADAPTER = re.compile(
     r"(^|\.)(lora|hada|lokr|ia3|oft|boft|vera|hra|hira|randlora|shira|miss|bone|c3a|delora|road|fourierft|waveft|vblora)_"
     r"|\.(ln_tuning_layers|trainable_tokens_delta|token_adapter)\b"
 )
-_MERGE_FIRST = "Merge it with PEFT (merge_and_unload, save_pretrained) and subtract the merged model"
 
 
 def open_peft(folder: AdapterFolder, family: Family) -> Adapter:
@@ -40,11 +41,11 @@ def open_peft(folder: AdapterFolder, family: Family) -> Adapter:
     suffixes = sorted(family.tensors, key=len, reverse=True)
     for key, tensor in folder.weights.tensors.items():
         name = peft_name(key)
-        if any(name.endswith(f".{suffix}") for suffix in family.ignored):
+        if ".original_module." in name:  # what a new value takes the place of, which some versions save beside it
             continue
         suffix = next((s for s in suffixes if name.endswith(f".{s}")), None)
         pruned = family.prunes and suffix is not None and len(tensor.shape) > 1
-        _check_tensor(folder, tensor, may_be_empty=pruned)
+        _check_tensor(folder, tensor, may_be_empty=pruned, whole_numbers=suffix in family.integers)
         if suffix is not None:
             _put(folder, modules.setdefault(name.removesuffix(f".{suffix}"), {}), suffix, tensor)
         elif name in family.shared:
@@ -52,12 +53,13 @@ def open_peft(folder: AdapterFolder, family: Family) -> Adapter:
         elif _OF_AN_ADAPTER.search(name):
             raise AdapterError(
                 f"{show(folder.weights.path)}: tensor {show(tensor.name)}: not a tensor of {family.name} as it is known here",
-                hint=_MERGE_FIRST,
+                hint=MERGE_FIRST,
             )
-        else:
+        elif not _is_again(values.get(name), tensor):
             _put(folder, values, name, tensor)
     if not modules and not values:
         raise AdapterError(f"{show(folder.weights.path)}: no tensor in the adapter")
+    _check_complete(folder, modules, values)
     return Adapter(
         weights=folder.weights,
         family=folder.family,
@@ -87,14 +89,41 @@ def check_config(folder: AdapterFolder, family: Family) -> None:
         if key in known or not value:
             continue
         if key in family.refused:
-            raise folder.refuse(f"{key} is set: {family.refused[key]}", _MERGE_FIRST)
-        raise folder.refuse(f"unknown field {show(key)} = {show(value)}: it may change what the adapter means", _MERGE_FIRST)
+            raise folder.refuse(f"{key} is set: {family.refused[key]}", MERGE_FIRST)
+        raise folder.refuse(f"unknown field {show(key)} = {show(value)}: it may change what the adapter means", MERGE_FIRST)
     family.check(folder)
 
 
-def _check_tensor(folder: AdapterFolder, tensor: StoredTensor, *, may_be_empty: bool) -> None:
+def _is_again(known: StoredTensor | None, tensor: StoredTensor) -> bool:
+    """Whether it is a new value that the file has twice, as PEFT 0.21 saves biases of modules_to_save with bias=all."""
+    return known is not None and known[1:3] == tensor[1:3] and same_bytes(known, tensor)
+
+
+def _check_complete(folder: AdapterFolder, modules: Mapping[str, Collection[str]], values: Collection[str]) -> None:
+    """Raises AdapterError for what the config says is trained and the file does not hold: PEFT would leave it at random."""
+    config, names = folder.config, [f".{name}" for name in values]
+    saved = config.get("modules_to_save") or []
+    if isinstance(saved, list) and saved and not any(f".{part}." in name for part in saved for name in names):
+        raise _lacking(folder, f"modules_to_save names {listing(map(str, saved))}")
+    if config.get("trainable_token_indices") and not any(
+        "trainable_tokens_delta" in s for held in modules.values() for s in held
+    ):
+        raise _lacking(folder, "trainable_token_indices is set")
+    bare = [name for name, held in modules.items() if "lora_B.weight" in held and "lora_B.bias" not in held]
+    if config.get("lora_bias") and bare:
+        raise _lacking(folder, f"lora_bias is set for {listing(bare)}")
+
+
+def _lacking(folder: AdapterFolder, what: str) -> AdapterError:
+    return AdapterError(
+        f"{show(folder.weights.path)}: {what}, and the file has no such tensor: it is not all of the adapter",
+        hint="Fetch or save it again",
+    )
+
+
+def _check_tensor(folder: AdapterFolder, tensor: StoredTensor, *, may_be_empty: bool, whole_numbers: bool) -> None:
     where = f"{show(folder.weights.path)}: tensor {show(tensor.name)}"
-    if tensor.dtype not in FLOATS and tensor.dtype not in ("I32", "I64"):
+    if tensor.dtype not in FLOATS and not whole_numbers:
         raise AdapterError(f"{where}: found {tensor.dtype}, expected floats")
     if tensor.elements == 0 and not may_be_empty:
         raise AdapterError(

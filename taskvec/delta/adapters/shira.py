@@ -73,6 +73,7 @@ class _Sparse(Formula):
 
 FAMILY = Family(
     name="SHIRA",
+    integers=("shira_indices",),
     tensors=("shira_weight", "shira_indices"),
     weight=weight,
     fields=("r", "mask_type", "random_seed"),

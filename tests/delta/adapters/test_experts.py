@@ -607,7 +607,7 @@ def test_a_target_names_whole_components(tmp_path: Path) -> None:
     report = tv.subtract(base, adapter, alpha=1, output=tmp_path / "out", fsync=False)
     assert list(report.tensors) == ["m.1.experts.0.down_proj.weight", "m.1.experts.1.down_proj.weight"]
     adapter = write_adapter(tmp_path / "eleven", {f"m.11.{name}": shape for name, shape in factors.items()}, **fields)
-    assert "m.11.experts" in refusal(base, adapter, tmp_path / "out 2")
+    assert "names 1.experts.down_proj, and the file has no factors of them" in refusal(base, adapter, tmp_path / "out 2")
 
 
 def test_a_layer_of_one_expert_is_refused(tmp_path: Path) -> None:

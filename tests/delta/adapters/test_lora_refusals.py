@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import taskvec as tv
 
@@ -223,3 +223,106 @@ def test_a_square_weight_with_no_name_of_its_own_is_no_trap(tmp_path: Path) -> N
     base = write_base(tmp_path / "base", {"weight": (4, 4)})
     report = tv.subtract(base, write_adapter(tmp_path / "a", lora("x", 4, 4)), alpha=1, output=tmp_path / "out", fsync=False)
     assert list(report.tensors) == ["weight"]
+
+
+# --- an adapter that is not whole -----------------------------------------------------------------------------------------
+
+INCOMPLETE: dict[str, tuple[dict[str, Any], str]] = {
+    "modules_to_save": (dict(modules_to_save=["classifier"]), "modules_to_save names classifier"),
+    "trainable tokens": (dict(trainable_token_indices=[1, 2]), "trainable_token_indices is set"),
+    "lora bias": (dict(lora_bias=True), "lora_bias is set for m.q"),
+    "bare parameters": (dict(target_parameters=["experts.down_proj"]), "names experts.down_proj"),
+    "all biases": (dict(bias="all"), "bias is all"),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_what_the_config_says_was_trained_must_be_in_the_file(case: str, tmp_path: Path) -> None:
+    config, reason = INCOMPLETE[case]
+    adapter = write_adapter(tmp_path / "adapter", Q, **config)
+    says(refusal(write_base(tmp_path / "base"), adapter, tmp_path / "out"), str(adapter), reason)
+
+
+def test_biases_that_a_classifier_saves_twice_are_taken_once(bases: Bases, tmp_path: Path) -> None:
+    base = bases("bert")
+    fields = dict(r=2, target_modules=["query"], bias="all", modules_to_save=["classifier"])
+    adapter = oracle.train(oracle.bert(), tmp_path / "adapter", LoraConfig(**fields))
+    keys = load_file(adapter / "adapter_model.safetensors").keys()
+    assert sum("classifier" in key and key.endswith("bias") for key in keys) > 1
+    held = load_file(adapter / "adapter_model.safetensors")
+    value = held["base_model.model.classifier.bias"]
+    again = {
+        key: value.clone() for key in keys if key.endswith("classifier.modules_to_save.bias")
+    }  # one parameter in training
+    save_file({**held, **again}, adapter / "adapter_model.safetensors", {"format": "pt"})
+    edited = oracle.edited_by_taskvec(base, adapter, tmp_path / "out", alpha=0.7)
+    before = oracle.weights_of(base)["classifier.bias"]
+    torch.testing.assert_close(edited["classifier.bias"], before - 0.7 * (value - before))
+    other = dict.fromkeys(again, value + 1)
+    save_file({**held, **other}, adapter / "adapter_model.safetensors", {"format": "pt"})
+    says(refusal(base, adapter, tmp_path / "no"), "classifier", "the same tensor")
+
+
+# --- what the second reading found ----------------------------------------------------------------------------------------
+
+
+def test_a_quantised_origin_is_refused(tmp_path: Path) -> None:
+    origin = write_base(tmp_path / "origin", {**MODEL, "m.q.weight_scale_inv": (1,)})
+    adapter = write_adapter(tmp_path / "adapter", Q)
+    with pytest.raises(tv.QuantizedError, match="origin"):
+        tv.subtract(write_base(tmp_path / "base"), adapter, alpha=1, base=origin, output=tmp_path / "out")
+
+
+def test_an_origin_may_have_another_prefix(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    origin = write_base(tmp_path / "origin", {name.removeprefix("m."): shape for name, shape in MODEL.items()})
+    adapter = write_adapter(tmp_path / "adapter", {**Q, "m.q.lora_B.bias": (6,), "m.norm.weight": (4,)})
+    report = tv.subtract(base, adapter, alpha=1, base=origin, output=tmp_path / "out", fsync=False)
+    assert list(report.tensors) == ["m.norm.weight", "m.q.bias", "m.q.weight"]
+    held, value = oracle.weights_of(base), load_file(adapter / "adapter_model.safetensors")["base_model.model.m.norm.weight"]
+    expected = held["m.norm.weight"] - (value - oracle.weights_of(origin)["norm.weight"])
+    torch.testing.assert_close(oracle.weights_of(tmp_path / "out")["m.norm.weight"], expected)
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+def test_a_whole_number_beyond_any_float_is_refused(field: str, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", Q, **{field: 10**400})
+    says(refusal(write_base(tmp_path / "base"), adapter, tmp_path / "out"), "adapter_config.json", field)
+
+
+def test_whole_numbers_are_no_new_values(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", {**Q, "m.norm.weight": torch.ones(4, dtype=torch.int32)})
+    says(refusal(write_base(tmp_path / "base"), adapter, tmp_path / "out"), "m.norm.weight", "found I32")
+
+
+BDLORA = {
+    "a number for a list": {"target_modules_bd_a": 5},
+    "a truth for a number": {"nblocks": True},
+    "an unknown field": {"zz": 1},
+}
+
+
+@pytest.mark.parametrize("case", BDLORA)
+def test_settings_of_blocks_that_are_not_understood_are_refused(case: str, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", Q, use_bdlora=BDLORA[case])
+    says(refusal(write_base(tmp_path / "base"), adapter, tmp_path / "out"), "use_bdlora", "expected")
+
+
+def test_reflections_without_a_direction_are_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    vectors = torch.ones(4, 2)
+    vectors[:, 1] = 0
+    base = write_base(tmp_path / "base")
+    adapter = write_adapter(
+        tmp_path / "adapter", {"m.q.hra_u": vectors, "m.o.hra_u": torch.ones(6, 2)}, peft_type="HRA", lora_alpha=None
+    )
+    says(refusal(base, adapter, tmp_path / "out"), "hra_u", "column 1")
+    with pytest.raises(tv.AdapterError, match="column 1"):
+        (tv.Checkpoint.open(base) - tv.TaskVector.from_adapter(adapter)).plan()
+
+
+def test_a_series_without_end_is_refused(tmp_path: Path) -> None:
+    fields = dict(
+        peft_type="OFT", oft_block_size=2, r=0, lora_alpha=None, peft_version="0.21.2", num_cayley_neumann_terms=10**18
+    )
+    adapter = write_adapter(tmp_path / "adapter", {"m.q.oft_R.weight": (2, 1)}, **fields)
+    says(refusal(write_base(tmp_path / "base"), adapter, tmp_path / "out"), "num_cayley_neumann_terms", "1 to 1000")

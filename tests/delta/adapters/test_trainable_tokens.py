@@ -167,6 +167,9 @@ def test_the_lora_beside_is_not_changed_by_it(bases: Bases, tmp_path: Path) -> N
     adapter = oracle.train(llama(), tmp_path / "adapter", beside_lora())
     alone = shutil.copytree(adapter, tmp_path / "alone")
     oracle.rewrite_tensors(alone, lambda stored: {k: t for k, t in stored.items() if "lora_" in k})
+    with pytest.raises(tv.AdapterError, match="trainable_token_indices is set, and the file has no such tensor"):
+        oracle.edited_by_taskvec(bases("llama"), alone, tmp_path / "one", alpha=1)
+    oracle.rewrite_config(alone, trainable_token_indices=None)
     both = oracle.edited_by_taskvec(bases("llama"), adapter, tmp_path / "both", alpha=1)
     one = oracle.edited_by_taskvec(bases("llama"), alone, tmp_path / "one", alpha=1)
     assert [name for name in both if not both[name].equal(one[name])] == ["model.embed_tokens.weight"]
