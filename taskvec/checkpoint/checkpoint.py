@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -120,8 +120,11 @@ class Checkpoint:
     @cached_property
     def shapes_sha256(self) -> str:
         """A fingerprint of the names and shapes of its tensors, whatever their dtypes, files and order."""
-        lines = sorted(f"{tensor.name} {list(tensor.shape)}" for tensor in self.tensors.values())
-        return hashlib.sha256("\n".join(lines).encode("utf-8", "backslashreplace")).hexdigest()
+        return fingerprint(self.tensors.values())
+
+    def fits(self, shapes_sha256: str) -> bool:
+        """Whether that is its fingerprint."""
+        return self.shapes_sha256 == shapes_sha256
 
     def refuse_quantized(self) -> None:
         """Raise QuantizedError if the stored numbers are not the weights themselves."""
@@ -179,6 +182,12 @@ def _check_index(location: Location, tensors: dict[str, StoredTensor]) -> None:
     unlisted = [name for name in tensors if name not in weight_map]
     if unlisted:
         raise CheckpointError(f"{show(index)}: tensors in the shards that the index does not list: {listing(unlisted)}")
+
+
+def fingerprint(tensors: Iterable[StoredTensor]) -> str:
+    """SHA-256 of the names and shapes."""
+    lines = sorted(f"{tensor.name} {list(tensor.shape)}" for tensor in tensors)
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def same_bytes(left: StoredTensor, right: StoredTensor) -> bool:

@@ -17,6 +17,7 @@ from .source import FLOATS, Resolved, ScaledDelta
 
 KIND = "vector"
 METADATA_KEY = "taskvec"  # of `__metadata__`
+HEAD = "lm_head.weight"  # the one tensor that a vector may add to a base
 TIED = "tie_word_embeddings"  # of config.json: what an adapter that unties a head changes
 
 
@@ -52,7 +53,7 @@ class StoredVector:
     def resolve(self, base: Checkpoint, keep: Callable[[str], bool]) -> Resolved:
         """Δ of every tensor it holds. Raises MismatchError when `base` is not of the names and shapes it was made for;
         with `force_base`, when a tensor that `keep` admits is not."""
-        if base.shapes_sha256 != self.about["shapes_sha256"] and not self.force_base:
+        if not base.fits(self.about["shapes_sha256"]) and not self.force_base:
             raise MismatchError(
                 f"{show(self.checkpoint.path)}: a vector of {show(self.about['base']['name'])}, and the names or "
                 f"shapes of {show(base.path)} are others",
@@ -90,7 +91,12 @@ def _check_about(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
     base, added, config = about.get("base"), about.get("added"), about.get("config")
     if not isinstance(about.get("shapes_sha256"), str) or not isinstance(base, dict) or "name" not in base:
         raise CheckpointError(f"{show(checkpoint.path)}: its metadata name no base (base, shapes_sha256)")
-    if not isinstance(added, dict) or not all(isinstance(start, str) for start in added.values()):
+    if about.get("tensors_sha256") != checkpoint.shapes_sha256:
+        raise CheckpointError(
+            f"{show(checkpoint.path)}: not the tensors its metadata were written for: a part of a vector, or changed since",
+            hint="Name the folder, if it is one of several files",
+        )
+    if not isinstance(added, dict) or not set(added) <= {HEAD} or not all(isinstance(start, str) for start in added.values()):
         raise CheckpointError(f"{show(checkpoint.path)}: its metadata are damaged (added)")
     if not isinstance(config, dict) or any(key != TIED or type(value) is not bool for key, value in config.items()):
         raise CheckpointError(
@@ -99,12 +105,18 @@ def _check_about(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
 
 
 def told(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What the metadata of a saved vector say; None when it is not one."""
-    for shard in checkpoint.shards:
-        if METADATA_KEY in shard.metadata:
-            try:
-                content = json.loads(shard.metadata[METADATA_KEY])
-            except (ValueError, RecursionError):
-                return None
-            return content if isinstance(content, dict) and content.get("kind") == KIND else None
-    return None
+    """What the metadata of a saved vector say; None when it is not one. Raises CheckpointError when they begin to say so and
+    cannot be read: it must not pass for a model."""
+    said = [shard.metadata[METADATA_KEY] for shard in checkpoint.shards if METADATA_KEY in shard.metadata]
+    if not said:
+        return None
+    try:
+        content = json.loads(said[0])
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or content.get("kind", KIND) != KIND or len(set(said)) > 1:
+        raise CheckpointError(
+            f"{show(checkpoint.path)}: what its metadata say of taskvec is damaged, or its files do not belong together",
+            hint="Make it again, or fetch it again",
+        )
+    return content if "kind" in content else None

@@ -69,6 +69,9 @@ class Scaled:
         """As the source; raises UsageError too, when there are no layers to ramp over."""
         found = self.source.resolve(base, keep)
         ramp = self.depth.of([*base.tensors, *found.added]) if self.depth else {}
+        stacks = dict.fromkeys(_LAYER.match(name)["stack"] for name in ramp)  # type: ignore[index]
+        if stacks:
+            found.notes.append(f"the ramp goes over {listing(stack.rstrip('.') or 'the first numbers' for stack in stacks)}")
         if self.depth and not ramp:
             raise UsageError(
                 f"{show(base.path)}: no tensor names with layers to ramp over",
@@ -146,6 +149,11 @@ class Masked:
                 mask = self.masks.tensors[name]
                 _check_mask(mask, known[name])
                 found.masks[name] = (*found.masks.get(name, ()), mask)
+        if found.deltas and not found.masks:
+            raise UsageError(
+                f"{show(self.masks.path)}: no mask of a tensor that is edited",
+                hint=f"Its names are like {listing(self.masks.tensors, 2)}, the edited ones like {listing(found.deltas, 2)}",
+            )
         bare = [name for name in found.deltas if name not in self.masks.tensors]
         if bare:
             found.notes.append(f"{counted(len(bare), 'tensor')} without a mask in {show(self.masks.label)}: {listing(bare)}")

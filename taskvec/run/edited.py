@@ -124,7 +124,7 @@ class EditedCheckpoint:
         Raises UsageError for options that make no sense, MismatchError when base and vector do not fit, and with
         `output` also OutputError when it cannot be made there.
         """
-        options = Options(out_dtype, max_shard_size, tuple(include), tuple(exclude))
+        options = Options(out_dtype, max_shard_size, names(include), names(exclude))
         target = None if output is None else Target.of(output)
         if target is not None:
             check_target(target, self._inputs(), overwrite)
@@ -237,6 +237,11 @@ class EditedCheckpoint:
         from ..delta.vector import formula
 
         return f"EditedCheckpoint({self.base.label} {formula(self.vector)})"
+
+
+def names(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """One pattern or several."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def _write(plan: Plan, target: Target, settings: Settings, overwrite: bool) -> RunResult:

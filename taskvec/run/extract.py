@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.checkpoint import Checkpoint, same_bytes
+from ..checkpoint.checkpoint import Checkpoint, fingerprint, same_bytes
 from ..checkpoint.files import IN_MEMORY, InputFiles
 from ..checkpoint.header import DTYPE_BITS, StoredTensor, encode_header
 from ..delta.dense import FineTune
@@ -173,7 +173,7 @@ def vector_plan(
     everything = {**base.tensors, **{name: t._replace(name=name) for name, t in matched.added.items()}}
     changed = [t for name, t in everything.items() if name in matched.terms and (names is None or name in names)]
     plan = Plan(base, vector, options, single_file, (), (), matched.notes, identities=identities(base, vector))
-    about = _about(plan, matched, sources or {})
+    about = _about(plan, matched, changed, sources or {})
     return replace(plan, shards=tuple(_shards(changed, matched, plan, about)))
 
 
@@ -205,7 +205,7 @@ def _zeros(tensor: StoredTensor) -> StoredTensor:
     return tensor._replace(dtype=dtype, path=_NOWHERE, offset=0, nbytes=tensor.elements * DTYPE_BITS[dtype] // 8)
 
 
-def _about(plan: Plan, matched: Matched, sources: dict[str, str]) -> dict[str, Any]:
+def _about(plan: Plan, matched: Matched, tensors: list[StoredTensor], sources: dict[str, str]) -> dict[str, Any]:
     """What the file says about itself: what it is the difference of, and how to know the base it fits."""
     from . import record
 
@@ -214,6 +214,7 @@ def _about(plan: Plan, matched: Matched, sources: dict[str, str]) -> dict[str, A
         "kind": KIND,
         "formula": formula(plan.vector).removeprefix("+ "),
         "shapes_sha256": plan.base.shapes_sha256,
+        "tensors_sha256": fingerprint(tensors),
         "sha256": sources,
         "added": {name: tensor.name for name, tensor in _starts(plan.base, matched).items()},
         "config": matched.config,

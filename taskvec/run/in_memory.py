@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,15 +11,18 @@ from ..delta.vector import TaskVector
 if TYPE_CHECKING:
     import torch
 
+    from .live import Edit
+
 
 @dataclass(frozen=True)
 class Applied:
-    """What an edit in memory did: names of the edited parameters, and totals in elements."""
+    """What an edit in memory did: names of the edited tensors, as the checkpoint has them; totals in elements; and notes."""
 
     tensors: tuple[str, ...]
     elements_changed: int
     elements_lost_to_rounding: int
     elements_overflowed: int
+    notes: tuple[str, ...] = ()
 
 
 def apply_(model: torch.nn.Module | Mapping[str, torch.Tensor], vector: TaskVector, *, jobs: int | None = None) -> Applied:
@@ -38,15 +40,30 @@ def apply_(model: torch.nn.Module | Mapping[str, torch.Tensor], vector: TaskVect
         return edit.run(jobs)
 
 
-@contextmanager
-def applied(
-    model: torch.nn.Module | Mapping[str, torch.Tensor], vector: TaskVector, *, jobs: int | None = None
-) -> Iterator[Applied]:
+class applied:  # noqa: N801  # as it is used: `with applied(model, vector):`
     """Within the block the model is model + vector; after it, and after an exception, every bit is what it was.
 
-    A copy of the parameters that the vector touches is held in the host's memory meanwhile. Raises as `apply_`.
+    A copy of the tensors that the vector touches is held in the host's memory meanwhile. Raises as `apply_`.
     """
-    from .live import Edit
 
-    with Edit(model, vector) as edit, edit.restoring():
-        yield edit.run(jobs)
+    def __init__(
+        self, model: torch.nn.Module | Mapping[str, torch.Tensor], vector: TaskVector, *, jobs: int | None = None
+    ) -> None:
+        self._model, self._vector, self._jobs = model, vector, jobs
+        self._edit: Edit | None = None
+
+    def __enter__(self) -> Applied:
+        from .live import Edit
+
+        with Edit(self._model, self._vector) as edit:
+            edit.keep()
+            self._edit = edit
+            try:
+                return edit.run(self._jobs)
+            except BaseException:
+                edit.restore()
+                raise
+
+    def __exit__(self, *exception: object) -> None:
+        if self._edit is not None:
+            self._edit.restore()

@@ -8,7 +8,6 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,21 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import IN_MEMORY, InputFiles
 from ..checkpoint.header import StoredTensor
-from ..delta.adapters.names import names_on_disk
-from ..delta.adapters.stacks import Stack, find_stacks
-from ..delta.dense import FineTune
-from ..delta.source import FormulaDelta
-from ..delta.stored import StoredVector
+from ..delta.source import FLOATS, FormulaDelta
 from ..delta.vector import TaskVector
 from ..delta.weighting import leaf
-from ..errors import MismatchError, QuantizedError, ShapeMismatchError, listing, show
+from ..errors import MismatchError, NameMismatchError, UsageError, counted, listing, show
 from .device import GPU_BATCH, open_device
 from .edited import check_factors
 from .in_memory import Applied
 from .jobs import Job, ShardPlan, batches, merged, tiles, unit_bytes
 from .kernel import Counts, ReadStored
+from .model_tensors import DTYPES, named_tensors, refuse_shared
 from .native import cpu_kernel
-from .plan import Options, Plan, identities, match
+from .output import uninterrupted
+from .plan import Matched, Options, Plan, identities, match
 from .stream import Worker
 
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-_QUANTIZED = (
-    "Params4bit",
-    "Int8Params",
-    "QuantizedTensor",
-    "AffineQuantizedTensor",
-    "Linear4bitTensor",
-)  # bitsandbytes, torchao, …
-_QUANTIZED_MODULES = ("Linear4bit", "Linear8bitLt", "QuantLinear", "WQLinear", "HQQLinear", "QuantizedLinear", "FP8Linear")
 _numbers = itertools.count()
 
 
@@ -58,17 +42,24 @@ class _Live(Checkpoint):
         super().__init__(Path("the model in memory"), None, (), tensors)
         self.__dict__["config"] = dict(config)  # in place of the one that is read from a folder
 
+    def fits(self, shapes_sha256: str) -> bool:
+        """Whatever the fingerprint: a model has buffers and names of its own. Every tensor is compared by itself."""
+        return True
+
 
 class Edit:
     """A vector matched to the tensors of a model; while it is entered, their memory can be read as files are."""
 
     def __init__(self, model: torch.nn.Module | Mapping[str, torch.Tensor], vector: TaskVector) -> None:
-        self._parameters = _by_checkpoint_name(_parameters(model), vector)
+        if not isinstance(vector, TaskVector):
+            raise TypeError(f"expected a TaskVector, found {type(vector).__name__}; make one with TaskVector.between or open")
+        self._parameters = named_tensors(model, vector)
         self._places: dict[Path, torch.Tensor] = {}
         stored = {name: self._stored(name, tensor) for name, tensor in self._parameters.items()}
         self._live = _Live(stored, _config(model))
         self._vector = vector
         self._plan: Plan | None = None
+        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __enter__(self) -> Edit:
         for path, tensor in self._places.items():
@@ -80,11 +71,13 @@ class Edit:
                     f"the vector unties {listing(matched.added)}, which a model in memory cannot do",
                     hint="Untie it first (config.tie_word_embeddings = False), or save the edited checkpoint and load it",
                 )
+            _refuse_left_over(matched, self._vector)
             edited = [(t, matched.terms[name]) for name, t in self._live.tensors.items() if name in matched.terms]
             work = tuple(Job(t.name, t.dtype, t.shape, 0, t.nbytes, t, terms) for t, terms in edited)
             shard = ShardPlan("memory", b"", work, 0)
             pinned = identities(self._live, self._vector)
             self._plan = Plan(self._live, self._vector, Options(), True, (shard,), (), matched.notes, identities=pinned)
+            refuse_shared({job.name: self._parameters[job.name] for job in work})
             check_factors(self._plan)
         except BaseException:
             self.__exit__()
@@ -95,32 +88,41 @@ class Edit:
         for path in self._places:
             IN_MEMORY.pop(path, None)
 
-    @contextmanager
-    def restoring(self) -> Iterator[None]:
-        """On leaving, the tensors that the vector edits have the bits they had on entering."""
+    def keep(self) -> None:
+        """Hold the bits that the tensors to be edited have now, in the host's memory, for `restore`."""
         assert self._plan is not None
         touched = [self._parameters[job.name] for job in self._plan.jobs]
-        held = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in touched]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for tensor, before in held:
+        self._held = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in touched]
+
+    def restore(self) -> None:
+        """Give every tensor the bits that were kept. One that fails does not keep the others from theirs; Ctrl-C waits."""
+        failed: Exception | None = None
+        with uninterrupted(), torch.no_grad():
+            for tensor, before in self._held:
+                try:
                     tensor.copy_(before)
+                except Exception as error:
+                    failed = failed or error
+            self._held = []
+        if failed is not None:
+            raise failed
 
     def run(self, jobs: int | None) -> Applied:
         """Edit them all."""
         assert self._plan is not None
+        if jobs is not None and jobs < 1:
+            raise UsageError(f"jobs {jobs}, expected at least 1")
         files, total = InputFiles(self._plan.identities), Counts()
-        workers = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-        pool = ThreadPoolExecutor(min(8, workers))
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        pool = ThreadPoolExecutor(min(8, jobs or available))
         try:
             for done in [pool.submit(self._edit, job, files) for job in self._plan.jobs]:
                 total.add(done.result())
         finally:
             pool.shutdown(cancel_futures=True)
             files.close()
-        return Applied(tuple(job.name for job in self._plan.jobs), total.changed, total.lost, total.overflow)
+        names = tuple(job.name for job in self._plan.jobs)
+        return Applied(names, total.changed, total.lost, total.overflow, self._plan.notes)
 
     def _edit(self, job: Job, files: InputFiles) -> Counts:
         parameter = self._parameters[job.name]
@@ -137,6 +139,17 @@ class Edit:
         path = Path(f"<model in memory, {next(_numbers)}>")
         self._places[path] = tensor
         return StoredTensor(name, DTYPES[tensor.dtype], tuple(tensor.shape), path, 0, tensor.nbytes)
+
+
+def _refuse_left_over(matched: Matched, vector: TaskVector) -> None:
+    """A vector's tensor that the model has no place for would be left out without a word that anyone reads."""
+    tuned = {name: t for _, s in vector.terms for c in leaf(s).inputs for name, t in c.tensors.items()}
+    left = [name for name in matched.unused if name in tuned and tuned[name].dtype in FLOATS]
+    if left:
+        raise NameMismatchError(
+            f"the model in memory: {counted(len(left), 'tensor')} of the vector it has no parameter for: {listing(left)}",
+            hint=f"Leave them out with vector.without({left[0]!r}), or give it the whole model",
+        )
 
 
 def _on_host(job: Job, files: InputFiles, held: torch.Tensor) -> Counts:
@@ -168,65 +181,6 @@ def _on_device(job: Job, files: InputFiles, held: torch.Tensor) -> Counts:
         part = held[span.start * unit : (span.start + span.units) * unit]
         total.add(kernels[0].edit_in_place(job, span, worker.read(job, batch, without=resident), part))
     return total
-
-
-def _parameters(model: torch.nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """name -> tensor, as the model has them. Raises QuantizedError or MismatchError for what cannot be edited."""
-    if isinstance(model, torch.nn.Module):
-        _refuse_quantized_modules(model)
-    named = model.state_dict(keep_vars=True) if isinstance(model, torch.nn.Module) else model
-    found: dict[str, torch.Tensor] = {}
-    for name, tensor in named.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:
-            continue
-        if type(tensor).__name__ in _QUANTIZED:
-            raise QuantizedError(f"{show(name)}: a {type(tensor).__name__}, quantised", hint="Load the model unquantised")
-        if tensor.is_meta:
-            raise MismatchError(f"{show(name)}: on the meta device, without data", hint="Load the weights first")
-        found[name] = tensor
-    return found
-
-
-def _by_checkpoint_name(parameters: Mapping[str, torch.Tensor], vector: TaskVector) -> dict[str, torch.Tensor]:
-    """The names that the vector's checkpoint has -> the tensors of the model, or the parts of them, that they are; each
-    memory once. Names in memory are other than on disk where transformers renames modules or stacks experts."""
-    disk: dict[str, StoredTensor] = {}
-    for source in (leaf(source) for _, source in vector.terms):
-        if isinstance(source, (FineTune, StoredVector)):
-            disk.update(source.inputs[0].tensors)
-    found = dict(parameters)
-    if disk:
-        stacks = find_stacks(disk.values(), parameters)
-        names = names_on_disk(parameters, dict.fromkeys((*disk, *stacks)))
-        found = {}
-        for name, target in names.items():
-            found.update(_parts(parameters[name], stacks[target]) if target in stacks else {target: parameters[name]})
-        found.update({name: tensor for name, tensor in parameters.items() if name not in names and name not in found})
-    seen: set[tuple[Any, ...]] = set()
-    once: dict[str, torch.Tensor] = {}
-    for name, tensor in found.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if not tensor.numel() or place not in seen:
-            once[name] = tensor
-        seen.add(place)
-    return once
-
-
-def _parts(parameter: torch.Tensor, stack: Stack) -> dict[str, torch.Tensor]:
-    """The experts of a stacked parameter by the names of their matrices on disk."""
-    shape = stack.parts[0][1].shape
-    if tuple(parameter.shape) != shape:
-        raise ShapeMismatchError(f"{show(stack.name)} in memory: found shape {list(parameter.shape)}, expected {list(shape)}")
-    flat = parameter.detach()
-    return {t.name: flat[part.expert, part.first : part.first + t.shape[0]] for t, part in stack.parts}
-
-
-def _refuse_quantized_modules(model: torch.nn.Module) -> None:
-    for name, module in model.named_modules():
-        if type(module).__name__ in _QUANTIZED_MODULES:
-            raise QuantizedError(
-                f"{show(name)}: a {type(module).__name__}, quantised", hint="Load the model unquantised to edit it"
-            )
 
 
 def _config(model: object) -> dict[str, Any]:

@@ -185,7 +185,7 @@ class Staging:
             for folder in (path for path in (self.path, *self.path.rglob("*")) if path.is_dir()):
                 files.sync_folder(folder)
         try:
-            with _uninterrupted():  # between the rename and the end of the old one there is no half-way
+            with uninterrupted():  # between the rename and the end of the old one there is no half-way
                 if overwrite and os.path.lexists(self._target.path):
                     files.rename_exchange(made, self._target.path)
                     shutil.rmtree(self.path, ignore_errors=True)
@@ -215,7 +215,7 @@ class Staging:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait until the block is done. Signals are the main thread's: in another, this does nothing."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         yield

@@ -200,20 +200,21 @@ def match(base: Checkpoint, vector: TaskVector, options: Options) -> Matched:
     resolved = [(coefficient, source.resolve(base, keep)) for coefficient, source in vector.terms]
     keep.check_used(base, vector)
     _check_patterns(resolved)
-    _share_untied(resolved, base, keep)
+    effective = [(coefficient, found) for coefficient, found in resolved if coefficient != 0]
+    _share_untied(effective, base, keep)
     terms = _collect_terms(resolved)
     holding = [source for _, source in vector.terms if any(checkpoint.tensors for checkpoint in leaf(source).inputs)]
     if holding and not any(found.deltas for _, found in resolved):
         raise NameMismatchError(f"{show(base.path)}: no tensor is edited: the vector has no float tensor of its names")
     compared: dict[str, tuple[StoredTensor, ...]] = {}
-    for coefficient, found in resolved:
-        for name, tensor in found.compared.items() if coefficient != 0 else ():
+    for _, found in effective:
+        for name, tensor in found.compared.items():
             compared[name] = (*compared.get(name, ()), tensor)
     return Matched(
         terms=terms,
         compared=compared,
-        added={name: tensor for _, found in resolved for name, tensor in found.added.items()},
-        config={key: value for _, found in resolved for key, value in found.config.items()},
+        added={name: tensor for _, found in effective for name, tensor in found.added.items()},
+        config={key: value for _, found in effective for key, value in found.config.items()},
         notes=tuple(dict.fromkeys(note for _, found in resolved for note in found.notes)),
         missing=tuple(dict.fromkeys(name for _, found in resolved for name in found.missing)),
         unused=tuple(dict.fromkeys(name for _, found in resolved for name in found.unused)),
@@ -221,7 +222,7 @@ def match(base: Checkpoint, vector: TaskVector, options: Options) -> Matched:
 
 
 def _share_untied(resolved: list[tuple[float, Resolved]], base: Checkpoint, keep: Callable[[str], bool]) -> None:
-    """Where one term unties a tensor from another, what the other terms add to the two while they are one is added to both."""
+    """Where one term unties a tensor from another, what other terms add to the two, one tensor to them, goes to both."""
     added = {name: tensor for _, found in resolved for name, tensor in found.added.items() if keep(name)}
     for name, tensor in added.items():
         start = next(own for own, held in base.tensors.items() if (held.path, held.offset) == (tensor.path, tensor.offset))

@@ -277,7 +277,7 @@ class Worker:
 
     def __init__(self, inputs: files.InputFiles, make_kernel: Callable[[ReadStored], Kernel]) -> None:
         self._inputs = inputs
-        self._kernel = make_kernel(self._read_stored)
+        self._kernel = make_kernel(_reader(inputs))
         self._buffers: list[Raw] = []
         self._advised: dict[Path, int] = {}
 
@@ -355,11 +355,6 @@ class Worker:
             with self._inputs.reading(stored.path) as fd:
                 os.posix_fadvise(fd, position, 2 * _READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
-    def _read_stored(self, stored: StoredTensor, start: int, nbytes: int) -> Raw:
-        buffer = np.empty(nbytes, np.uint8)
-        self._inputs.read(stored.path, buffer.data, stored.offset + start, stored.name)
-        return buffer
-
     def _buffer(self, place: int, nbytes: int) -> Raw:
         while len(self._buffers) <= place:
             self._buffers.append(self._kernel.host_buffer(0))
@@ -387,3 +382,14 @@ def _sha256(fd: int, size: int, path: Path, stop: threading.Event) -> str:
         files.read_exact(fd, part, at, path=path)
         digest.update(part)
     return digest.hexdigest()
+
+
+def _reader(inputs: files.InputFiles) -> ReadStored:
+    """Reads parts of stored tensors into memory of their own. It does not know the worker, which so goes with its run."""
+
+    def read(stored: StoredTensor, start: int, nbytes: int) -> Raw:
+        buffer = np.empty(nbytes, np.uint8)
+        inputs.read(stored.path, buffer.data, stored.offset + start, stored.name)
+        return buffer
+
+    return read

@@ -9,10 +9,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from taskvec import Checkpoint, CheckpointError, MismatchError, NameMismatchError, ShapeMismatchError, TaskVector, UsageError
+from taskvec import (
+    Checkpoint,
+    CheckpointError,
+    MismatchError,
+    NameMismatchError,
+    ShapeMismatchError,
+    TaskVector,
+    UsageError,
+    subtract,
+)
 from taskvec.delta.stored import StoredVector, told
 
 from ..run.checkpoints import Tensors, opened, write_model
+from .adapters.handmade import write_adapter, write_base
 
 SHAPES = {"model.layers.0.w": (4, 3), "model.layers.1.w": (4, 3), "model.embed_tokens.weight": (6, 3)}
 
@@ -186,6 +196,56 @@ def test_a_stored_vector_with_a_tensor_base_lacks_names_it_though_the_fingerprin
     with safe_open(saved, "pt") as file:
         metadata = file.metadata()
     save_file({**load_file(saved), "other": torch.ones(1)}, saved.with_name("x.safetensors"), metadata)
+    with pytest.raises(CheckpointError, match="not the tensors its metadata were written for"):
+        TaskVector.open(saved.with_name("x.safetensors"))
+    about = json.loads(metadata["taskvec"])
+    extended = {**about, "tensors_sha256": Checkpoint.open(saved.with_name("x.safetensors")).shapes_sha256}
+    tensors = {**load_file(saved), "other": torch.ones(1)}
+    save_file(tensors, saved.with_name("x.safetensors"), {**metadata, "taskvec": json.dumps(extended)})
     with pytest.raises(NameMismatchError, match=r"1 tensor that .*base lacks: other"):
         (base - TaskVector.open(saved.with_name("x.safetensors"))).plan()
     assert isinstance(TaskVector.open(saved).terms[0][1], StoredVector)
+
+
+DAMAGE = {
+    "cut": lambda text: text[: len(text) // 2],
+    "a list": lambda text: "[1]",
+    "too deep": lambda text: "[" * 100_000,
+    "another kind": lambda text: json.dumps({**json.loads(text), "kind": "model"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_vector_whose_metadata_are_damaged_does_not_pass_for_a_model(damage: str, base: Checkpoint, saved: Path) -> None:
+    with safe_open(saved, "pt") as file:
+        metadata = file.metadata()
+    path = saved.with_name("x.safetensors")
+    save_file(load_file(saved), path, {**metadata, "taskvec": DAMAGE[damage](metadata["taskvec"])})
+    for use in (lambda: subtract(base, path, alpha=1, output=saved.parent / "o"), lambda: TaskVector.open(path)):
+        with pytest.raises(CheckpointError, match=r"x.safetensors.*damaged|not a saved"):
+            use()
+    assert not (saved.parent / "o").exists()
+
+
+def test_a_part_of_a_vector_or_a_mixed_one_is_refused(base: Checkpoint, saved: Path, tmp_path: Path) -> None:
+    vector = TaskVector.open(saved)
+    for name, scale in (("one", 1), ("five", 5)):
+        (scale * vector).save(tmp_path / name, base=base, max_shard_size=40, fsync=False)
+    shards = sorted((tmp_path / "one").glob("*.safetensors"))
+    assert len(shards) > 1
+    with pytest.raises(CheckpointError, match="a part of a vector"):
+        TaskVector.open(shards[1])
+    shards[1].write_bytes((tmp_path / "five" / shards[1].name).read_bytes())
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        TaskVector.open(tmp_path / "one")
+
+
+def test_a_coefficient_of_zero_adds_no_tensor(tmp_path: Path) -> None:
+    base = write_base(
+        tmp_path / "base", {"m.embed_tokens.weight": (5, 4), "m.q.weight": (4, 4)}, architectures=["XForCausalLM"]
+    )
+    adapter = write_adapter(tmp_path / "a", {"lm_head.weight": (5, 4)}, modules_to_save=["lm_head"])
+    untying = TaskVector.from_adapter(adapter)
+    checkpoint = Checkpoint.open(base)
+    assert "lm_head.weight" in (checkpoint + untying).state_dict()
+    assert "lm_head.weight" not in (checkpoint + 0 * untying).state_dict()

@@ -268,3 +268,12 @@ def test_the_saved_numbers_are_those_of_an_independent_formula(base: Checkpoint,
             alpha = np.float32(0.7 * (0.5 if "mlp" in name else -2.0))
             expected = b[name] - alpha * (weight[name].numpy() * (t[name] - b[name]))
         assert expected.dtype == value.dtype and np.array_equal(value, expected), name
+
+
+def test_a_mask_of_nothing_that_is_edited_is_a_usage_error(tmp_path: Path) -> None:
+    weight = torch.arange(4.0)
+    base = opened(tmp_path / "b", {"w": weight, "other": weight + 1})
+    old = opened(tmp_path / "o", {"w": weight + 1, "other": weight})
+    vector = TaskVector.between(base, old).only("w").masked(opened(tmp_path / "mask", {"other": weight}))
+    with pytest.raises(UsageError, match="no mask of a tensor that is edited"):
+        (base - vector).plan()

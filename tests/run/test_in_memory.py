@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+import torch.ao.quantization
+import torch.nn.utils.parametrizations
+import torch.nn.utils.prune
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -360,3 +364,149 @@ def test_a_model_without_its_head_takes_the_vector_of_the_whole(tmp_path: Path) 
     tv.apply_(body, -0.3 * vector.without("lm_head*"))
     expected = (tv.Checkpoint.open(base) - 0.3 * vector).state_dict()
     assert all(words(t) == words(expected[f"model.{name}"]) for name, t in body.state_dict().items())
+
+
+# --- what must not happen in silence --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, tv.TaskVector]:
+    base = saved(tmp_path / "base", torch.float32)
+    return base, tv.TaskVector.between(base, saved(tmp_path / "old", torch.float32, 2))
+
+
+class Two(nn.Module):
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.policy, self.reference = (loaded(folder, torch.float32) for _ in range(2))
+
+
+def test_two_models_in_one_are_not_guessed_between(pair: tuple[Path, tv.TaskVector]) -> None:
+    both = Two(pair[0])
+    refused(both, pair[1], tv.NameMismatchError, "of the checkpoint", "apply_(model.policy")
+    tv.apply_(both.policy, pair[1])
+    assert snapshot(both.policy) != snapshot(both.reference)
+
+
+def test_lora_modules_of_peft_do_not_hide_the_weights_below_them(pair: tuple[Path, tv.TaskVector], tmp_path: Path) -> None:
+    base, vector = pair
+    plain = loaded(base, torch.float32)
+    tv.apply_(plain, vector)
+    expected = {name: words(tensor) for name, tensor in plain.state_dict().items()}
+    for targets in (["q_proj", "v_proj"], "all-linear"):
+        model = loaded(base, torch.float32)
+        wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+        did = tv.apply_(wrapped, vector)
+        assert len(did.tensors) == len(expected)
+        merged = wrapped.merge_and_unload().state_dict()  # B is zero: what is below is all there is
+        assert all(words(merged[name]) == bits for name, bits in expected.items())
+
+
+LEFT_OVER: dict[str, Callable[[Any], Any]] = {
+    "a renamed key": lambda model: {name.replace("0.mlp.up", "0.mlp.upper"): t for name, t in model.state_dict().items()},
+    "a shorter model": lambda model: setattr(model.model, "layers", model.model.layers[1:]) or model,
+    "a pruned weight": lambda model: torch.nn.utils.prune.l1_unstructured(model.lm_head, "weight", 0.5) and model,
+    "a parametrised weight": lambda model: torch.nn.utils.parametrizations.weight_norm(model.lm_head) and model,
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OVER)
+def test_a_part_of_the_vector_that_has_no_parameter_is_refused(case: str, pair: tuple[Path, tv.TaskVector]) -> None:
+    model = LEFT_OVER[case](loaded(pair[0], torch.float32))
+    before = snapshot(model)
+    with pytest.raises(tv.NameMismatchError, match=r"no parameter for|no tensor name|has none of that name"):
+        tv.apply_(model, pair[1])
+    assert snapshot(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
+def test_dynamic_quantisation_is_refused(pair: tuple[Path, tv.TaskVector]) -> None:
+    model = torch.ao.quantization.quantize_dynamic(loaded(pair[0], torch.float32), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(tv.QuantizedError, match=r"model.layers.0"):
+        tv.apply_(model, pair[1])
+
+
+def shared_storage(kind: str) -> dict[str, torch.Tensor]:
+    weight = torch.arange(16.0).reshape(4, 4)
+    views = {"transposed": weight.t(), "a part": weight[:2], "reshaped": weight.view(-1), "expanded": weight[0].expand(4, 4)}
+    return {"a": weight, "b": views[kind]}
+
+
+@pytest.mark.parametrize("kind", ["transposed", "a part", "reshaped", "expanded"])
+def test_memory_that_two_tensors_share_in_part_is_not_edited_twice(kind: str, tmp_path: Path) -> None:
+    model = shared_storage(kind)
+    flat = {name: tensor.clone().contiguous() for name, tensor in model.items()}
+    save_file(flat, tmp_path / "base.safetensors")
+    save_file({name: tensor + 1 for name, tensor in flat.items()}, tmp_path / "old.safetensors")
+    vector = tv.TaskVector.between(tmp_path / "base.safetensors", tmp_path / "old.safetensors")
+    before = {name: tensor.clone() for name, tensor in model.items()}
+    with pytest.raises(tv.MismatchError, match=r"share memory|are one memory"):
+        tv.apply_(model, vector)
+    assert all(model[name].equal(tensor) for name, tensor in before.items())
+
+
+def test_parts_of_one_memory_that_do_not_overlap_are_edited(tmp_path: Path) -> None:
+    fused = torch.zeros(6, 4)
+    parts = dict(zip("qkv", fused.chunk(3)))
+    save_file({name: t.clone() for name, t in parts.items()}, tmp_path / "base.safetensors")
+    save_file({name: t + i for i, (name, t) in enumerate(parts.items(), 1)}, tmp_path / "old.safetensors")
+    tv.apply_(parts, tv.TaskVector.between(tmp_path / "base.safetensors", tmp_path / "old.safetensors"))
+    assert fused[:, 0].tolist() == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_state_dict_of_copies_is_refused(pair: tuple[Path, tv.TaskVector]) -> None:
+    model = loaded(pair[0], torch.float32)
+    model._register_state_dict_hook(lambda module, held, prefix, meta: {n: t.clone() for n, t in held.items()})
+    before = [words(p) for p in model.parameters()]
+    with pytest.raises(tv.MismatchError, match="gives a copy"):
+        tv.apply_(model, pair[1])
+    assert [words(p) for p in model.parameters()] == before
+
+
+@pytest.mark.parametrize("model", ["base", None, 3])
+def test_what_is_no_model_is_a_type_error(model: Any, pair: tuple[Path, tv.TaskVector]) -> None:
+    with pytest.raises(TypeError, match="torch module or a state dict"):
+        tv.apply_(model, pair[1])
+
+
+@pytest.mark.parametrize("vector", ["old", None])
+def test_what_is_no_vector_is_a_type_error(vector: Any, pair: tuple[Path, tv.TaskVector]) -> None:
+    with pytest.raises(TypeError, match="TaskVector"):
+        tv.apply_(loaded(pair[0], torch.float32), vector)
+    with pytest.raises(tv.UsageError, match="jobs 0"):
+        tv.apply_(loaded(pair[0], torch.float32), pair[1], jobs=0)
+
+
+def test_one_tensor_that_cannot_be_restored_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
+    model = {name: torch.zeros(4) for name in "abc"}
+    save_file({name: t.clone() for name, t in model.items()}, tmp_path / "base.safetensors")
+    save_file({name: t + 1 for name, t in model.items()}, tmp_path / "old.safetensors")
+    vector = tv.TaskVector.between(tmp_path / "base.safetensors", tmp_path / "old.safetensors")
+    with pytest.raises(RuntimeError), tv.applied(model, vector):
+        model["a"].resize_(9)
+    assert not model["b"].any() and not model["c"].any()
+
+
+def test_a_run_in_memory_leaves_nothing_to_collect(pair: tuple[Path, tv.TaskVector]) -> None:
+    model = loaded(pair[0], torch.float32)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            with tv.applied(model, pair[1]):
+                pass
+        assert not [found for found in gc.get_objects() if type(found) is live.Worker]
+    finally:
+        gc.enable()
+
+
+def test_a_saved_vector_fits_the_model_it_was_made_for_whatever_buffers_it_has(tmp_path: Path) -> None:
+    base = oracle.save_model(oracle.bert(), tmp_path / "base")
+    tensors = oracle.weights_of(base)
+    save_file({**tensors, "bert.embeddings.position_ids": torch.arange(16)}, base / "model.safetensors", {"format": "pt"})
+    vector = tv.TaskVector.between(base, oracle.save_model(oracle.random_model(oracle.bert(), 5), tmp_path / "old"))
+    vector.only("*.1.*").save(tmp_path / "v.safetensors", fsync=False)
+    with oracle.quietly():
+        model = oracle.BertForSequenceClassification.from_pretrained(base)
+    did = tv.apply_(model, tv.TaskVector.open(tmp_path / "v.safetensors"))
+    assert did.tensors and all(".1." in name for name in did.tensors)

@@ -173,9 +173,9 @@ def names_on_disk(names: Iterable[str], base: Collection[str]) -> Mapping[str, s
     wanted = list(dict.fromkeys(names))
     heads = {name for name in _HEADS if name in base}
     judged = wanted[:: -(-len(wanted) // _JUDGED_BY) or 1]
-    rule = max(_rules(base), key=lambda rule: sum(rule(name, heads) in base for name in judged))
+    rule = max(_rules(base), key=lambda rule: len({rule(name, heads) for name in judged}.intersection(base)))
     found = {name: target for name in wanted if (target := rule(name, heads)) in base}
-    return found if 2 * len(found) > len(wanted) else {}
+    return found if 2 * len(found) > min(len(wanted), len(base)) else {}
 
 
 class _Rule(NamedTuple):

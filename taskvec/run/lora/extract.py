@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ...checkpoint.floats import Floats, Raw
     from ..device import Device
 
+_LARGEST_SQUARE = 1e30  # of a norm: beyond it products in float32 overflow
 _MOST_WORKERS = 8
 
 
@@ -273,6 +274,12 @@ def _factor(plan: LoraPlan, job: Job, layer: Layer, place: str) -> _Factored:
     if not np.isfinite(delta).all():
         raise AdapterError(
             f"{show(plan.tuned.path)}: tensor {show(layer.name)}: NaN or inf in its difference from {show(plan.base.path)}",
+            hint=f"Leave it as it is in the base with --exclude '{show(layer.name)}'",
+        )
+    if not 0 < low_rank.squared_norm(delta) < _LARGEST_SQUARE:
+        raise AdapterError(
+            f"{show(plan.tuned.path)}: tensor {show(layer.name)}: its difference from {show(plan.base.path)} is too "
+            f"{'small' if low_rank.squared_norm(delta) < 1 else 'large'} to be factorised in float32",
             hint=f"Leave it as it is in the base with --exclude '{show(layer.name)}'",
         )
     xp, matrix = _on(place, delta)
