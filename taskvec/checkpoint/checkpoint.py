@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, QuantizedError, listing, show
-from .files import FileIdentity, InputFiles, exists
+from .files import FileIdentity, InputFiles, exists, remote_above
 from .header import DTYPE_BITS, Header, StoredTensor, read_header
 from .locate import Location, locate, on_hub, read_json
 
@@ -104,6 +104,13 @@ class Checkpoint:
                 id = repository.removeprefix("models--").replace("--", "/")
                 return HubPlace(id, folder.name, path.relative_to(folder).as_posix().removeprefix("."))
         return None
+
+    @property
+    def readme(self) -> Path | None:
+        """The card beside its files, if there is one."""
+        found = remote_above(self.path) if self.hub is not None else None
+        folder = self.folder or (self.path.parent if found is not None else None)
+        return folder / "README.md" if folder is not None and exists(folder / "README.md") else None
 
     @property
     def label(self) -> str:

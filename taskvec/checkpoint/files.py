@@ -40,6 +40,12 @@ class Remote(Protocol):
     @property
     def sizes(self) -> Mapping[str, int]: ...
 
+    @property
+    def sha256(self) -> Mapping[str, str]: ...
+
+    @property
+    def cached_only(self) -> bool: ...
+
     def read(self, name: str, buffer: memoryview, offset: int) -> None: ...
 
     def fetch(self, names: Iterable[str]) -> None: ...
@@ -50,12 +56,20 @@ REMOTE: dict[Path, Remote] = {}  # folder -> the repository whose files belong t
 
 def absent(path: Path) -> tuple[Remote, str] | None:
     """The repository that has the file, and its name there, if it is not in its place yet; else None."""
-    if not REMOTE or os.path.lexists(path):
+    if not REMOTE or os.path.exists(path):
         return None
     for folder in path.parents:
         if folder in REMOTE:
             name = path.relative_to(folder).as_posix()
             return (REMOTE[folder], name) if name in REMOTE[folder].sizes else None
+    return None
+
+
+def remote_above(path: Path) -> tuple[Remote, str] | None:
+    """The repository that a file or folder is of, here or not, and its name there."""
+    for folder in (path, *path.parents) if REMOTE else ():
+        if folder in REMOTE:
+            return REMOTE[folder], path.relative_to(folder).as_posix().removeprefix(".")
     return None
 
 

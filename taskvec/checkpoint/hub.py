@@ -31,7 +31,7 @@ def hub_api(token: str | None) -> HfApi:
     """The client. `token`: None for the one that HF_TOKEN or `hf auth login` gives."""
     from huggingface_hub import HfApi
 
-    return HfApi(token=token, library_name="taskvec", library_version=__version__)
+    return HfApi(token=token.strip() if token else None, library_name="taskvec", library_version=__version__)
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def _said(repo: str, what: str, error: BaseException) -> HubError | None:
     if isinstance(error, (hub.HFValidationError, hub.HfUriError)):
         return HubError(f"{show(repo)}: not a name of the Hub: {_first_line(error)}")
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, (OSError, ValueError)) or type(error).__module__.partition(".")[0] in _TRANSPORTS:
+    if isinstance(error, (OSError, ValueError, RuntimeError)) or type(error).__module__.partition(".")[0] in _TRANSPORTS:
         hint = "Free space where HF_HOME lies" if full else _AGAIN
         return HubError(f"{show(repo)}: could not {what}: {_first_line(error)}", hint=hint)
     return None
@@ -112,5 +112,6 @@ def _last_line(error: BaseException) -> str:
 
 def _line(error: BaseException, place: int) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    words = [word for word in (lines[place] if lines else type(error).__name__).split() if "://" not in word]
+    words = (lines[place] if lines else type(error).__name__).split()
+    words = [word for word in words if "://" not in word and "hf_" not in word and "Bearer" not in word]
     return str(show(" ".join(words), 300)).rstrip(".")

@@ -163,6 +163,10 @@ def _locate_folder(folder: Path) -> Location:
         raise CheckpointError(f"{show(folder)}: {len(indexes)} indexes ({listing(indexes)}), expected one")
     if indexes:
         return _locate_sharded(folder, folder / indexes[0], files)
+    if len(files) == 1 and (part := re.search(r"-\d{5}-of-(\d{5})\.safetensors$", files[0])) and int(part[1]) > 1:
+        raise CheckpointError(
+            f"{show(folder)}: {show(files[0])} is one of {int(part[1])} shards, and there is no index", hint="Fetch the rest"
+        )
     if _MODEL in files or len(files) == 1:
         path = folder / (_MODEL if _MODEL in files else files[0])
         return Location(folder, folder, [path], None, None)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import HubError, UsageError, show
 from . import files
@@ -20,13 +21,22 @@ _NAMED = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[^\s@]+)?")  # org/name, org/name
 
 @dataclass(frozen=True)
 class Repository:
-    """One commit of a model repository. `folder`: of its files in the cache; `sizes`: of all its files, in bytes."""
+    """One commit of a model repository.
+
+    Attributes:
+        folder: of its files in the Hub's cache.
+        sizes: of all its files, in bytes.
+        sha256: of the files that the Hub knows it of, the large ones.
+        cached_only: the Hub was not reached: `sizes` are of what the cache holds, `commit` is the last one that was seen.
+    """
 
     id: str
     commit: str
     folder: Path
     sizes: Mapping[str, int] = field(repr=False, compare=False)
+    sha256: Mapping[str, str] = field(repr=False, compare=False)
     token: str | None = field(repr=False, compare=False)
+    cached_only: bool = False
 
     def read(self, name: str, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from byte `offset` of a file on, by one ranged request."""
@@ -51,37 +61,64 @@ class Repository:
                 snapshot_download(self.id, revision=self.commit, allow_patterns=patterns, token=self.token)
 
 
-_resolved: dict[tuple[str, str | None, str | None], Path] = {}  # what was asked for -> where it is: one commit per process
+class Named(NamedTuple):
+    """What a name of the Hub says. `path`: a folder or file of the repository, empty for all of it."""
+
+    id: str
+    revision: str | None
+    path: str
+
+
+_resolved: dict[tuple[Named, str | None], Path] = {}  # what was asked for -> where it is: one commit per process
+
+
+def forget(repo: str) -> None:
+    """Resolve the names of a repository anew from now on: it was changed."""
+    for asked in [asked for asked in _resolved if asked[0].id == repo]:
+        del _resolved[asked]
+
+
+def parse(source: str, revision: str | None = None) -> Named:
+    """`org/name`, `org/name@revision` (which may have slashes), `hf://…` or a web URL. Raises HubError for what is no such
+    name, UsageError for two revisions or another kind of repository."""
+    from huggingface_hub import constants, parse_hf_uri
+
+    id, at, bare = source.partition("@") if "://" not in source else ("", "", "")
+    if "://" in source and "@" in source.partition("://")[2].partition("/")[0] and not source.startswith("hf://"):
+        raise UsageError("an address with a user or password in it", hint="Leave it out; log in with `hf auth login`")
+    with talking_about(source, "read it"):
+        uri = parse_hf_uri(source if "://" in source else f"hf://{id}", endpoint=constants.ENDPOINT)
+    named = bare if at else uri.revision
+    if uri.type != "model":
+        raise UsageError(f"{show(source)}: a {show(uri.type)}, expected a model")
+    if revision is not None and named not in (None, revision):
+        raise UsageError(f"{show(source)}: names one revision, and revision {show(revision)} is another")
+    return Named(uri.id, named or revision, uri.path_in_repo)
 
 
 def open_repository(source: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The path in the cache of what `source` names on the Hub: `org/name`, `org/name@revision`, `hf://…` or a web URL. The
-    revision is resolved once, and its files are known from then on to `files`.
+    """The path in the cache of what `source` names on the Hub. The revision is resolved once, and its files are known from
+    then on to `files`.
 
     Raises HubError when there is no such repository, or it cannot be reached; UsageError for two revisions.
     """
-    asked = (source, revision, token)
+    token = token.strip() if token else None
+    asked = (parse(source, revision), token)
     if asked not in _resolved:
-        _resolved[asked] = _resolve(source, revision, token)
+        _resolved[asked] = _resolve(source, *asked)
     return _resolved[asked]
 
 
-def _resolve(source: str, revision: str | None, token: str | None) -> Path:
-    from huggingface_hub import constants, parse_hf_uri
-
+def _resolve(source: str, named: Named, token: str | None) -> Path:
     with talking_about(source, "read it"):
-        uri = parse_hf_uri(source if "://" in source else f"hf://{source}", endpoint=constants.ENDPOINT)
-    if uri.type != "model":
-        raise UsageError(f"{show(source)}: a {show(uri.type)}, expected a model")
-    if revision is not None and uri.revision not in (None, revision):
-        raise UsageError(f"{show(source)}: names one revision, and revision {show(revision)} is another")
-    with talking_about(source, "read it"):
-        commit = hub_api(token).resolve_revision(uri.id, revision=uri.revision or revision).resolved
-    folder = cached(uri.id, commit)
-    files.REMOTE[folder] = Repository(uri.id, commit, folder, _sizes(uri.id, commit, folder, token), token)
-    path = folder / uri.path_in_repo if uri.path_in_repo else folder
+        commit = hub_api(token).resolve_revision(named.id, revision=named.revision).resolved
+    folder = cached(named.id, commit)
+    known = files.REMOTE.get(folder)
+    if known is None or token is not None or known.cached_only:
+        files.REMOTE[folder] = _listed(named.id, commit, folder, token)
+    path = folder / named.path if named.path else folder
     if not files.exists(path):
-        raise HubError(f"{show(source)}: no file {show(uri.path_in_repo)} in it at {commit}")
+        raise HubError(f"{show(source)}: no file {show(named.path)} in it at {commit}")
     return path
 
 
@@ -99,22 +136,24 @@ def is_hub_name(source: str) -> bool:
     return source.startswith(("hf://", "https://", "http://")) or named
 
 
-def _sizes(repo: str, commit: str, folder: Path, token: str | None) -> dict[str, int]:
-    """Every file of the commit, by one listing; of a repository that is in the cache, what is there of it if offline."""
-    from huggingface_hub import constants
+def _listed(repo: str, commit: str, folder: Path, token: str | None) -> Repository:
+    """The repository with all files of the commit, by one listing; or, if the Hub cannot be reached, those in the cache."""
+    from huggingface_hub.hf_api import RepoFile
 
-    if constants.HF_HUB_OFFLINE:
-        return _present(folder)
     try:
         with talking_about(repo, "read it"):
-            tree = hub_api(token).list_repo_tree(repo, recursive=True, revision=commit)
-            return {entry.path: entry.size for entry in tree if hasattr(entry, "size")}
-    except Exception:
-        if folder.is_dir():
-            return _present(folder)
-        raise
+            entries = list(hub_api(token).list_repo_tree(repo, recursive=True, revision=commit))
+    except HubError:
+        if not folder.is_dir():
+            raise
+        present = (path for path in folder.rglob("*") if path.is_file())
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in present}
+        return Repository(repo, commit, folder, sizes, {}, token, cached_only=True)
+    found = {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and _is_plain(entry.path)}
+    hashes = {name: entry.lfs.sha256 for name, entry in found.items() if entry.lfs is not None}
+    return Repository(repo, commit, folder, {name: entry.size for name, entry in found.items()}, hashes, token)
 
 
-def _present(folder: Path) -> dict[str, int]:
-    present = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in present}
+def _is_plain(name: str) -> bool:
+    """Whether a name in a listing stays below its folder."""
+    return all(part not in ("", ".", "..") for part in name.split("/"))

@@ -188,13 +188,13 @@ def _run(
             output, device=device, jobs=jobs, memory=memory, overwrite=overwrite, sha256=sha256, fsync=not no_fsync,
             planned=progress.planned, progress=progress.advance, shard_done=progress.shard_done, **options,
         )  # fmt: skip
+    if not (quiet or as_json):
+        print_report(report, verbose=verbose)
     pushed = None if push is None else _push(report.output_name, push, private, card)
     if as_json:
         print_json({**report.summary(), **({} if pushed is None else {"pushed": pushed.summary()})})
-    elif not quiet:
-        print_report(report, verbose=verbose)
-        if pushed is not None:
-            print_pushed(pushed)
+    elif pushed is not None and not quiet:
+        print_pushed(pushed)
 
 
 def _output(output: str | None, push: str | None, private: bool, card: str | None) -> str:
@@ -204,11 +204,13 @@ def _output(output: str | None, push: str | None, private: bool, card: str | Non
         if private or card:
             raise UsageError("--private and --card are for --push")
         return output
-    from ..hub.push import default_output
+    from ..hub.push import default_output, read_card
 
     name = default_output(push)
-    if output is not None and output.endswith(".safetensors"):
-        raise UsageError("--push needs a folder as output, not one file")
+    if (output or name).endswith(".safetensors"):
+        raise UsageError("--push needs a folder as output, not one file", hint="Name it with -o FOLDER")
+    if card is not None:
+        read_card(card)
     return output or name
 
 
@@ -219,5 +221,6 @@ def _push(output: str, repo: str, private: bool, card: str | None) -> Pushed:
     try:
         return push(output, repo, private=private, card=card)
     except HubError as error:
-        again = f"{show(output)} is complete: push it with `taskvec push {shlex.quote(output)} {shlex.quote(repo)}`"
+        more = ["--private"] * private + (["--card", card] if card else [])
+        again = f"{show(output)} is complete: push it with `{shlex.join(['taskvec', 'push', output, repo, *more])}`"
         raise HubError(error.message, hint=f"{error.hint}. {again}" if error.hint else again) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.hub import hub_api, talking_about
 from ..checkpoint.locate import read_json
+from ..checkpoint.repository import forget, parse
 from ..errors import HubError, OutputError, UsageError, VerificationError, counted, listing, show
 from ..run.edited import EditedCheckpoint, when_pushed
 from ..run.output import RECORD
@@ -26,15 +28,20 @@ if TYPE_CHECKING:
 
 _CARD = "README.md"
 _HASHED = 1 << 20  # bytes per read
+_LOADED = re.compile(  # what transformers, diffusers and PEFT would load in place of the pushed model, or refuse beside it
+    r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors|(model|diffusion_pytorch_model)\.safetensors\.index\.json"
+    r"|pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?|adapter_(model\.(safetensors|bin)|config\.json)"
+    r"|consolidated[\w.-]*\.(safetensors|pth)"
+)
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What is on the Hub now. `commit` is None when everything was there already; sizes in bytes."""
+    """What is on the Hub now: `commit` is its head, also where everything was there already. Sizes in bytes."""
 
     repo: str
     url: str
-    commit: str | None
+    commit: str
     pull_request: str | None
     files: int
     nbytes: int
@@ -89,9 +96,11 @@ def push(
     id, branch = _target(repo, revision)
     if create_pr and branch not in (None, "main"):
         raise UsageError("a pull request is made to main: leave out the branch")
-    files = _manifest(folder)
+    body = None if card is None else read_card(card)
+    content = {name: _content(folder, name, body) for name in _manifest(folder)}
+    content |= {_CARD: body.encode()} if body is not None and _CARD not in content else {}
+    before = _identities(content)
     _check(folder)
-    content = {name: _content(folder, name, card) for name in files}
     api = hub_api(token)
     warnings: list[str] = []
     with talking_about(id, "make it"):
@@ -102,10 +111,13 @@ def push(
         if branch not in (None, "main") and not str(branch).startswith("refs/"):
             api.create_branch(id, branch=str(branch), exist_ok=True)
         message = commit_message or str(show(read_json(folder / RECORD).get("formula", "Edited with taskvec"), 120))
-        commit = _commit(api, _Goal(id, branch, create_pr, message), content, uploading)
+        commit, removed = _commit(api, _Goal(id, branch, create_pr, message), content, before, uploading)
+    if removed:
+        warnings.append(f"what a loader would have taken in its place is removed from the branch: {listing(removed)}")
     if verify_checksums:
         with talking_about(id, "read back what was pushed"):
             _compare(api, id, content, commit.oid)
+    forget(id)
     sizes = sum(data.stat().st_size if isinstance(data, Path) else len(data) for data in content.values())
     return Pushed(id, url, commit.oid, commit.pr_url, len(content), sizes, tuple(warnings))
 
@@ -121,15 +133,26 @@ class _Goal(NamedTuple):
 
 def _target(repo: str, revision: str | None) -> tuple[str, str | None]:
     """The id and the branch. Raises UsageError for two branches, HubError for what is no name."""
-    from huggingface_hub import constants, parse_hf_uri
+    named = parse(repo, revision)
+    if named.path:
+        raise UsageError(
+            f"{show(repo)}: expected the name of a model, org/name", hint="A branch with a slash is named as org/name@branch"
+        )
+    return named.id, named.revision
 
-    with talking_about(repo, "push to it"):
-        uri = parse_hf_uri(repo if "://" in repo else f"hf://{repo}", endpoint=constants.ENDPOINT)
-    if uri.type != "model" or uri.path_in_repo:
-        raise UsageError(f"{show(repo)}: expected the name of a model, org/name")
-    if revision is not None and uri.revision not in (None, revision):
-        raise UsageError(f"{show(repo)}: names one branch, and revision {show(revision)} is another")
-    return uri.id, uri.revision or revision
+
+def read_card(card: str | os.PathLike[str]) -> str:
+    """The text of a card of one's own. Raises UsageError if it cannot be read as UTF-8."""
+    try:
+        return Path(card).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{show(card)}: cannot be read as UTF-8 text ({show(error)})") from error
+
+
+def _identities(content: Mapping[str, Path | bytes]) -> dict[str, tuple[int, int, int]]:
+    """Size, modification time and inode of every file that goes up as it is."""
+    stats = {name: os.stat(data) for name, data in content.items() if isinstance(data, Path)}
+    return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
 
 
 def _manifest(folder: Path) -> list[str]:
@@ -140,7 +163,8 @@ def _manifest(folder: Path) -> list[str]:
         )
     record = read_json(folder / RECORD)
     weights = [str(shard.get("name")) for shard in record.get("shards") or [] if isinstance(shard, dict)]
-    indexes = [path.name for path in sorted(folder.glob("*.safetensors.index.json"))] if len(weights) > 1 else []
+    stem = weights[0].partition("-00001-of-")[0] if len(weights) > 1 else ""
+    indexes = [f"{stem}.safetensors.index.json"] if stem else []
     listed = [*weights, *indexes, *map(str, record.get("side_files") or []), RECORD]
     listed += [_CARD] if (folder / _CARD).is_file() else []
     home = folder.resolve()
@@ -159,14 +183,17 @@ def _check(folder: Path) -> None:
         raise VerificationError(f"{show(folder)}: not pushed: {found.problems[0]}", hint="Make the output again")
 
 
-def _content(folder: Path, name: str, card: str | Path | None) -> Path | bytes:
-    """A file as it goes up: as it is, but for paths of this machine in the record, and the body of the card."""
+def _content(folder: Path, name: str, card: str | None) -> Path | bytes:
+    """A file as it goes up: as it is, but for places of this machine in the record, and the body of the card."""
     if name == RECORD:
         return (json.dumps(_without_places(read_json(folder / RECORD)), indent=2, ensure_ascii=False) + "\n").encode()
     if name == _CARD and card is not None:
-        text = (folder / _CARD).read_text("utf-8")
-        head = text[: text.index("\n---", 3) + 4] if text.startswith("---") and "\n---" in text[3:] else ""
-        return f"{head}\n\n{Path(card).read_text('utf-8')}".encode()
+        text = (folder / _CARD).read_text("utf-8", "replace")
+        own = card.lstrip("\ufeff\r\n ").startswith("---")
+        head = (
+            text[: text.index("\n---", 3) + 4] + "\n\n" if text.startswith("---") and "\n---" in text[3:] and not own else ""
+        )
+        return f"{head}{card}".encode()
     return folder / name
 
 
@@ -178,9 +205,14 @@ def _without_places(content: Any) -> Any:
 
 
 def _commit(
-    api: HfApi, goal: _Goal, content: Mapping[str, Path | bytes], uploading: Callable[[str, int], None]
-) -> CommitInfo:
-    """Weights first, where no reader sees them; then the one commit, guarded by the head that it was made for."""
+    api: HfApi,
+    goal: _Goal,
+    content: Mapping[str, Path | bytes],
+    before: Mapping[str, tuple[int, int, int]],
+    uploading: Callable[[str, int], None],
+) -> tuple[CommitInfo, list[str]]:
+    """Weights first, where no reader sees them; then the one commit, guarded by the head that it was made for. Also what it
+    removes."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     head = api.repo_info(goal.repo, revision=goal.branch).sha
@@ -189,26 +221,20 @@ def _commit(
         if addition.path_in_repo.endswith(".safetensors"):
             uploading(addition.path_in_repo, addition.upload_info.size)
             api.preupload_lfs_files(goal.repo, [addition], revision=goal.branch, create_pr=goal.create_pr)
-    return api.create_commit(
+    changed = [name for name, identity in _identities(content).items() if before[name] != identity]
+    if changed:
+        raise OutputError(f"{listing(changed)}: changed while it was pushed; nothing of it is seen", hint="Push it again")
+    present = api.list_repo_files(goal.repo, revision=goal.branch)
+    stale = [name for name in present if name not in content and _LOADED.fullmatch(name)]
+    commit = api.create_commit(
         goal.repo,
-        [*additions, *(CommitOperationDelete(name) for name in _stale(api, goal, content))],
+        [*additions, *(CommitOperationDelete(name) for name in stale)],
         commit_message=goal.message,
         revision=goal.branch,
         create_pr=goal.create_pr,
         parent_commit=head,
     )
-
-
-def _stale(api: HfApi, goal: _Goal, content: Mapping[str, Path | bytes]) -> list[str]:
-    """Weight files of an earlier push to the same branch, which a loader would find beside the new ones."""
-    present = set(api.list_repo_files(goal.repo, revision=goal.branch))
-    if RECORD not in present:
-        return []
-    record = read_json(Path(api.hf_hub_download(goal.repo, RECORD, revision=goal.branch)))
-    shards = record.get("shards")
-    earlier = [str(shard.get("name")) for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
-    earlier += [name for name in present if name.endswith(".safetensors.index.json") and "/" not in name]
-    return [name for name in dict.fromkeys(earlier) if name in present and name not in content]
+    return commit, stale
 
 
 def _compare(api: HfApi, repo: str, content: Mapping[str, Path | bytes], commit: str) -> None:

@@ -8,7 +8,6 @@ import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from .._version import __version__
@@ -18,15 +17,16 @@ from ..delta.dense import FineTune
 from ..delta.source import AdapterSource, DeltaSource
 from ..delta.stored import StoredVector
 from ..delta.weighting import Masked, Scaled, Selected, leaf
-from ..errors import TaskvecError, show
+from ..errors import CheckpointError, show
 from .kernel import Counts
 from .plan import Plan
 from .record import changes
 from .stream import RunResult
 
 _TAGS = ("taskvec", "task-arithmetic", "merge")
-_CARRIED = ("library_name", "pipeline_tag", "language", "license_name", "license_link")
+_CARRIED = ("library_name", "pipeline_tag", "license_name", "license_link")  # text
 _LARGEST_CARD = 4 << 20  # bytes
+_LONGEST_LICENCE = 100  # characters: a name
 _MOST_ROWS = 30  # of the table of module kinds
 
 
@@ -37,12 +37,21 @@ def card(plan: Plan, result: RunResult) -> bytes:
 
 
 def front_matter(text: str) -> dict[str, Any]:
-    """The YAML between the first two `---` lines of a card; empty when there is none, or it is not a mapping."""
+    """The YAML between the first two `---` lines of a card; empty when there is none, or it is not a plain mapping."""
     import yaml
 
-    found = re.match(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
+    class Plain(yaml.SafeLoader):  # type: ignore[misc]
+        """Without aliases, a few of which can stand for gigabytes."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("an alias")
+            return super().compose_node(parent, index)
+
+    begun = text.lstrip("\ufeff").lstrip()
+    found = re.match(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", begun, re.DOTALL | re.MULTILINE)
     try:
-        content = yaml.safe_load(found[1]) if found else None
+        content = yaml.load(found[1], Plain) if found else None  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -70,10 +79,15 @@ def _front_matter(plan: Plan) -> list[str]:
     licence = _licence(plan.base)
     if licence:
         content["license"] = licence
-    content.update({key: own[key] for key in _CARRIED if own.get(key)})
+    content.update({key: own[key] for key in _CARRIED if isinstance(own.get(key), str)})
+    languages = own.get("language")
+    listed = languages if isinstance(languages, list) else [languages]
+    content["language"] = ["no" if language is False else language for language in listed]  # YAML reads Norwegian as false
+    content["language"] = [language for language in content["language"] if isinstance(language, str)]
     content.setdefault("library_name", _library(plan.base))
     tags = own.get("tags")
-    content["tags"] = list(dict.fromkeys([*_TAGS, *(map(str, tags) if isinstance(tags, list) else ())]))
+    kept = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    content["tags"] = list(dict.fromkeys([*_TAGS, *kept]))
     content = {key: value for key, value in content.items() if value}
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True)).splitlines()
 
@@ -124,6 +138,7 @@ def _command(plan: Plan) -> list[str]:
     origin = source.origin if isinstance(source, (FineTune, AdapterSource)) else None
     if origin is not None and origin != plan.base:
         words += ["--base", _typed(origin)]
+    words += ["--force-base"] if isinstance(source, StoredVector) and source.force_base else []
     options = plan.options
     words += ["--out-dtype", options.out_dtype] if options.out_dtype != "same" else []
     words += ["--max-shard-size", str(options.max_shard_size)] if options.max_shard_size is not None else []
@@ -156,18 +171,18 @@ def _inputs(plan: Plan) -> list[Checkpoint]:
 
 def _licence(checkpoint: Checkpoint) -> str | None:
     licence = _card_of(checkpoint).get("license")
-    return str(licence) if licence else None
+    return licence if isinstance(licence, str) and len(licence) < _LONGEST_LICENCE else None
 
 
 def _card_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The front matter of the README.md beside a checkpoint's files."""
-    folder = checkpoint.folder
-    try:
-        path = Path(folder or "", "README.md")
-        text = read_bytes(path, _LARGEST_CARD).decode("utf-8", "replace") if folder and exists(path) else ""
-    except (OSError, TaskvecError):
+    path = checkpoint.readme
+    if path is None:
         return {}
-    return front_matter(text)
+    try:
+        return front_matter(read_bytes(path, _LARGEST_CARD).decode("utf-8", "replace"))
+    except CheckpointError:  # it is too large
+        return {}
 
 
 def _library(base: Checkpoint) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint, fingerprint, same_bytes
-from ..checkpoint.files import IN_MEMORY, InputFiles
+from ..checkpoint.files import IN_MEMORY, InputFiles, absent
 from ..checkpoint.header import DTYPE_BITS, StoredTensor, encode_header
 from ..delta.dense import FineTune
 from ..delta.source import AdapterSource, DeltaSource
@@ -319,14 +319,16 @@ def _hashes(plan: Plan) -> dict[str, str]:
     try:
         for label, shard in {shard.path: (c.label, shard) for c in opened for shard in c.shards}.values():
             digest = hashlib.sha256()
-            for at in range(0, shard.identity.size, _HASHED):
+            remote = absent(shard.path)  # the Hub knows it of a file that is not needed here
+            known = remote[0].sha256.get(remote[1]) if remote is not None else None
+            for at in range(0, shard.identity.size if known is None else 0, _HASHED):
                 part = memoryview(buffer)[: min(_HASHED, shard.identity.size - at)]
                 files.read(shard.path, part, at, "")
                 digest.update(part)
             file = os.path.basename(shard.path)
             name = label if label == file else f"{label}/{file}"
-            again = sum(known == name or known.startswith(f"{name} (") for known in found)  # two inputs of one name
-            found[f"{name} ({again + 1})" if again else name] = digest.hexdigest()
+            again = sum(other == name or other.startswith(f"{name} (") for other in found)  # two inputs of one name
+            found[f"{name} ({again + 1})" if again else name] = known or digest.hexdigest()
     finally:
         files.close()
     return found

@@ -48,6 +48,8 @@ class Target(NamedTuple):
         path = Path(os.path.abspath(os.path.expanduser(output)))  # not Path's own: that one raises for a ~user unknown here
         if not str(output).strip() or path.name == "":
             raise UsageError(f"output {show(output)!r} is not a name for a folder or file")
+        if "://" in str(output):
+            raise UsageError(f"output {show(output)}: a folder or file here", hint="--push org/name sends it to the Hub")
         if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf"):
             raise UsageError(f"output {show(output)}: taskvec writes safetensors", hint="Name a folder or x.safetensors")
         return cls(path, path.suffix == ".safetensors", os.fspath(output))

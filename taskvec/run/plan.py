@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import FileIdentity, absent, size_of
+from ..checkpoint.files import FileIdentity, absent, remote_above, size_of
 from ..checkpoint.folder import SideFile, side_files
 from ..checkpoint.header import DTYPE_BITS, StoredTensor, encode_header
 from ..delta.source import FLOATS, FormulaDelta, LowRankDelta, Resolved, ScaledDelta
@@ -82,7 +82,10 @@ class Plan:
         """Files that have to come from the Hub first -> their sizes in bytes."""
         read = (t.path for job in self.jobs for t in (*job.elementwise, *job.factors, *job.surveyed))
         side = (file.source for file in self.side if file.content is None)
-        return {path: size_of(path) for path in dict.fromkeys((*read, *side)) if absent(path) is not None}
+        inputs = [self.base, *(checkpoint for _, source in self.vector.terms for checkpoint in source.inputs)]
+        cards = (checkpoint.readme for checkpoint in inputs if not self.single_file)
+        wanted = dict.fromkeys((*read, *side, *(card for card in cards if card is not None)))
+        return {path: size_of(path) for path in wanted if absent(path) is not None}
 
     @property
     def formula(self) -> str:
@@ -170,11 +173,21 @@ def make_plan(base: Checkpoint, vector: TaskVector, options: Options, *, single_
         single_file=single_file,
         shards=_layout(base, matched, options, out_dtype, single_file),
         side=tuple(side),
-        notes=matched.notes + tuple(notes),
+        notes=matched.notes + tuple(notes) + tuple(_cached_only(base, vector)),
         missing=matched.missing,
         unused=matched.unused,
         identities=identities(base, vector),
     )
+
+
+def _cached_only(base: Checkpoint, vector: TaskVector) -> Iterator[str]:
+    """What to say of inputs of the Hub when it was not reached."""
+    opened = [base, *(checkpoint for _, source in vector.terms for checkpoint in source.inputs)]
+    for checkpoint in {checkpoint.path: checkpoint for checkpoint in opened}.values():
+        found, place = remote_above(checkpoint.path), checkpoint.hub
+        if found is not None and found[0].cached_only and place is not None:
+            what = f"{show(checkpoint.label)} is commit {place.commit} as the cache has it"
+            yield f"the Hub was not reached: {what}, and only files that are in it"
 
 
 class Matched(NamedTuple):

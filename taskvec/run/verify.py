@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint, Shard
-from ..checkpoint.files import InputFiles, exists
+from ..checkpoint.files import InputFiles, exists, names_in
 from ..checkpoint.locate import ADAPTER_WEIGHTS, existing, locate_peft, read_json
 from ..checkpoint.repository import cached
 from ..delta.adapters import open_adapter
@@ -86,7 +86,7 @@ def check(output: str | os.PathLike[str], **options: Any) -> Verification:
 def _record(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.folder is not None:
         path = checkpoint.folder / RECORD
-        if not path.exists():
+        if not exists(path):
             raise CheckpointError(f"{show(checkpoint.path)}: no {RECORD}: not an output of taskvec")
         return read_json(path)
     (shard,) = checkpoint.shards
@@ -102,11 +102,11 @@ def _check_files(checkpoint: Checkpoint, content: dict[str, Any], found: Verific
     recorded = {shard["name"]: shard for shard in content.get("shards", [])}
     present = {shard.path.name: shard for shard in checkpoint.shards}
     if checkpoint.folder is not None:
-        on_disk = {path.name for path in checkpoint.folder.glob("*.safetensors")}
+        on_disk = {name for name in names_in(checkpoint.folder) if name.endswith(".safetensors")}
         stray, missing = sorted((on_disk | set(present)) - set(recorded)), sorted(set(recorded) - set(present))
         found.problems += [f"{show(name)}: a weight file that the record does not list" for name in stray]
         found.problems += [f"{show(name)}: a weight file of the record that is missing" for name in missing]
-        absent = [name for name in content.get("side_files", []) if not (checkpoint.folder / name).exists()]
+        absent = [name for name in content.get("side_files", []) if not exists(checkpoint.folder / name)]
         found.problems += [f"{show(name)}: missing" for name in absent]
     for name in sorted(set(recorded) & set(present)):
         expected = recorded[name]

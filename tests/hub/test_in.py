@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 import taskvec as tv
+from taskvec.checkpoint import files, repository
 
 from .stand_in import Hub, refusals
 
@@ -59,12 +63,12 @@ def models(hub: Hub) -> Hub:
 @pytest.fixture
 def local(models: Hub, tmp_path: Path) -> Path:
     """The same models as folders."""
-    for name, files in {
+    for name, held in {
         "base": {**sharded(1), **SIDE},
         "old": {"model.safetensors": save(tensors(2))},
         "lora": adapter(),
     }.items():
-        for file, data in files.items():
+        for file, data in held.items():
             path = tmp_path / "local" / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
@@ -173,11 +177,11 @@ def test_a_dry_run_says_what_would_be_downloaded_and_downloads_nothing(models: H
     plan = edited.plan(output=tmp_path / "out")
     assert fetched(models) == before
     sizes = {file: len(data) for repo in ("org/base", "org/old") for file, data in models.files(repo).items()}
-    wanted = {FIRST, SECOND, "model.safetensors", "tokenizer.json", "sub/chat.jinja"}
+    wanted = {FIRST, SECOND, "model.safetensors", "tokenizer.json", "sub/chat.jinja", "README.md"}
     assert {path.name for path in plan.to_download} == {Path(name).name for name in wanted}
-    expected = sum(sizes[name] for name in (FIRST, SECOND, "model.safetensors", "sub/chat.jinja")) + 2
+    expected = sum(sizes[name] for name in (FIRST, SECOND, "model.safetensors", "sub/chat.jinja", "README.md")) + 2
     assert plan.summary()["bytes_to_download"] == expected
-    assert "first download" in str(plan) and "5 files" in str(plan)
+    assert "first download" in str(plan) and "6 files" in str(plan)
 
 
 def test_only_the_shards_that_hold_wanted_tensors_come(models: Hub, tmp_path: Path) -> None:
@@ -302,3 +306,118 @@ def test_the_base_an_adapter_names_is_a_hint_and_is_not_fetched(models: Hub, tmp
     with pytest.raises(tv.NameMismatchError, match="names org/base as its base"):
         tv.subtract(tmp_path / "other.safetensors", "me/lora", alpha=1, output=tmp_path / "out")
     assert not [request for request in models.requests if "org/base" in request.path]
+
+
+# --- what the second reading found ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["offline", "the listing fails"])
+def test_a_part_of_a_model_in_the_cache_does_not_pass_for_the_whole(how: str, models: Hub, tmp_path: Path) -> None:
+    models.add_model("org/tuned", sharded(2))
+    for repo in ("org/base", "org/tuned"):
+        hf_hub_download(repo, FIRST)
+    if how == "offline":
+        models.client.go_offline()
+    else:
+        models.fault("tree", status=503, times=99)
+    with pytest.raises(tv.CheckpointError, match="one of 2 shards, and there is no index"):
+        tv.subtract("org/base", "org/tuned", alpha=1, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_alone_in_a_local_folder_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / FIRST).write_bytes(sharded(1)[FIRST])
+    with pytest.raises(tv.CheckpointError, match="one of 2 shards"):
+        tv.Checkpoint.open(tmp_path / "m")
+
+
+def test_a_plan_says_when_the_hub_was_not_reached(models: Hub, tmp_path: Path) -> None:
+    tv.subtract("org/base", "org/old", alpha=1, output=tmp_path / "out", fsync=False)
+    repository._resolved.clear()
+    files.REMOTE.clear()
+    models.client.go_offline()
+    plan = (tv.Checkpoint.open("org/base") - tv.TaskVector.between("org/base", "org/old")).plan()
+    said = [note for note in plan.notes if "Hub was not reached" in note]
+    assert len(said) == 2 and any("org/base" in note for note in said)
+
+
+@pytest.mark.parametrize("source", ["org/base@feature/x", "hf://org/base@feature%2Fx"])
+def test_a_branch_may_have_slashes(source: str, models: Hub) -> None:
+    models.add_model("org/base", {"notes.txt": b"x"}, revision="feature/x")
+    assert tv.Checkpoint.open(source).path.name == models.head("org/base", "feature/x")
+
+
+@pytest.mark.parametrize("end", ["\n", " ", "\r\n"])
+def test_a_token_with_what_a_file_ends_in_is_trimmed(end: str, models: Hub) -> None:
+    models.add_model("me/secret", {"model.safetensors": save(tensors(1))}, private=True)
+    models.client.log_in(None)
+    assert tv.Checkpoint.open("me/secret", token=models.token + end).label == "me/secret"
+
+
+def test_a_password_in_an_address_is_refused_and_not_shown(models: Hub) -> None:
+    for name in ("https://me:hf_SECRET@huggingface.co/org/x", "http://hf_SECRET@127.0.0.1/org/x"):
+        with pytest.raises(tv.UsageError) as caught:
+            tv.Checkpoint.open(name)
+        assert "SECRET" not in str(caught.value)
+
+
+def test_a_look_without_a_token_does_not_take_it_from_who_has_one(models: Hub, tmp_path: Path) -> None:
+    models.add_model("me/secret", {"model.safetensors": save(tensors(1))}, private=True)
+    models.client.log_in(None)
+    base = tv.Checkpoint.open("me/secret", token=models.token)
+    with pytest.raises(tv.HubError):
+        tv.inspect("me/secret")
+    (base - tv.TaskVector.between(base, "org/old")).save(tmp_path / "out", fsync=False)
+
+
+CARDS: dict[str, tuple[bytes, str]] = {
+    "Windows lines": (b"---\r\nlicense: mit\r\n---\r\nhello", "license: mit"),
+    "a byte order mark": (b"\xef\xbb\xbf---\nlicense: mit\n---\n", "license: mit"),
+    "a bomb": (b"---\na: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a]\nlicense: [*b,*b,*b,*b]\n---\n", "library_name"),
+    "a list of licences": (b"---\nlicense: [mit, apache-2.0]\n---\n", "library_name"),
+    "Norwegian": (b"---\nlanguage: [no, en]\n---\n", "language:\n- 'no'\n- en"),
+    "code": (b"---\nlicense: !!python/object/apply:os.system [exit]\n---\n", "library_name"),
+    "other kinds": (b"---\npipeline_tag: [a]\ntags: {a: b}\nlicense_name: 3\n---\n", "tags:\n- taskvec"),
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_whatever_the_card_of_the_base_says_the_outputs_is_valid(case: str, hub: Hub, tmp_path: Path) -> None:
+    content, part = CARDS[case]
+    hub.add_model("org/base", {**sharded(1), "config.json": SIDE["config.json"], "README.md": content})
+    hub.add_model("org/old", {"model.safetensors": save(tensors(2))})
+    tv.subtract("org/base", "org/old", alpha=1, output=tmp_path / "out", fsync=False)
+    card = (tmp_path / "out/README.md").read_text()
+    assert part in card.split("\n---")[0]
+    if case in ("a bomb", "a list of licences", "code"):
+        assert "license" not in card.split("\n---")[0]
+    tv.push(tmp_path / "out", "me/edited")  # the Hub checks it too
+
+
+def test_licences_that_differ_are_warned_of(hub: Hub, tmp_path: Path) -> None:
+    hub.add_model("org/base", {**sharded(1), "README.md": b"---\nlicense: mit\n---\n"})
+    hub.add_model("org/old", {"model.safetensors": save(tensors(2)), "README.md": b"---\nlicense: gpl-3.0\n---\n"})
+    for old in ("org/old", "hf://org/old/model.safetensors"):
+        report = tv.subtract("org/base", old, alpha=1, output=tmp_path / old.replace("/", "-"), fsync=False)
+        assert any("several licences" in warning and "gpl-3.0" in warning for warning in report.warnings)
+
+
+def test_hashes_of_shards_that_are_not_needed_come_from_the_hub(models: Hub, tmp_path: Path) -> None:
+    models.add_model("org/tuned", sharded(2))
+    saved = tv.extract("org/base", "org/tuned", output=tmp_path / "v.safetensors", include=["model.h.1.*"], fsync=False)
+    assert saved.tensors == ("model.h.1.q.weight",)
+    tuned = models.client.cache / "models--org--tuned"
+    assert {path.name for path in tuned.rglob("*.safetensors")} == {SECOND}
+    with safe_open(tmp_path / "v.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["taskvec"])
+    assert about["sha256"][f"org/tuned/{FIRST}"] == hashlib.sha256(sharded(2)[FIRST]).hexdigest()
+
+
+def test_a_link_of_the_cache_to_nothing_is_fetched_anew(models: Hub, tmp_path: Path) -> None:
+    tv.subtract("org/base", "org/old", alpha=1, output=tmp_path / "a", fsync=False)
+    (shard,) = (models.client.cache / "models--org--old").rglob("model.safetensors")
+    shard.resolve().unlink()
+    repository._resolved.clear()
+    tv.subtract("org/base", "org/old", alpha=1, output=tmp_path / "b", fsync=False)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")

@@ -345,3 +345,106 @@ def test_json_says_what_was_pushed(hub: Hub, out: Path) -> None:
     done = hub.client.run("taskvec", "push", out, "me/edited", "--json", "--verify")
     content = json.loads(done.stdout)
     assert content["ok"] and content["commit"] == hub.head("me/edited") and content["files"] == len(OURS)
+
+
+# --- what the second reading found ----------------------------------------------------------------------------------------
+
+
+def test_a_model_of_another_maker_does_not_stay_in_front_of_the_pushed_one(hub: Hub, out: Path) -> None:
+    old = {"model.safetensors": save({"w": torch.ones(2)}), "adapter_config.json": b"{}", "pytorch_model.bin": b"\x80"}
+    kept = {"ema.safetensors.index.json": b"{}", "notes.md": b"mine", "sub/model.safetensors": b"x"}
+    hub.add_model("me/edited", {**old, **kept})
+    pushed = tv.push(out, "me/edited")
+    assert on_hub(hub, "me/edited").keys() == OURS | kept.keys()
+    assert any("removed" in warning and "model.safetensors" in warning for warning in pushed.warnings)
+    assert set(tv.Checkpoint.open("me/edited").tensors) == {"a.weight", "b.weight"}
+
+
+def test_the_hint_after_a_failure_keeps_private_and_the_card(hub: Hub, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "my card.md").write_text("# Mine")
+    hub.client.log_in(hub.add_token("read"))
+    edit = ("subtract", out.parent / "base", out.parent / "old", "--alpha", "1", "--push", "me/forgot")
+    done = hub.client.run("taskvec", *edit, "--private", "--card", tmp_path / "my card.md")
+    assert f"`taskvec push forgot me/forgot --private --card '{tmp_path}/my card.md'`" in done.stderr
+    assert "tensors" in done.stdout  # the report is not lost with the push
+
+
+@pytest.mark.parametrize("end", ["\n", " "])
+def test_a_token_with_what_a_file_ends_in_is_trimmed_and_not_shown(end: str, hub: Hub, out: Path) -> None:
+    hub.client.log_in(None)
+    assert tv.push(out, "me/edited", token=hub.token + end).repo == "me/edited"
+
+
+@pytest.mark.parametrize("route", ["create_repo", "preupload", "lfs_batch"])
+def test_a_file_that_changes_while_it_is_pushed_is_not_committed(route: str, hub: Hub, out: Path) -> None:
+    def flip() -> None:
+        data = bytearray((out / FIRST).read_bytes())
+        data[-1] ^= 1
+        (out / FIRST).write_bytes(data)
+
+    hub.fault(route, then=flip, status=None)
+    with pytest.raises(tv.TaskvecError, match=r"changed while|could not"):
+        tv.push(out, "me/edited")
+    assert FIRST not in hub.files("me/edited")
+
+
+def test_a_pushed_output_is_verified_where_it_is(hub: Hub, out: Path) -> None:
+    tv.push(out, "me/edited")
+    found = tv.verify("me/edited")
+    assert found.ok, found.problems
+
+
+def test_what_was_pushed_is_seen_by_the_same_process(hub: Hub, out: Path) -> None:
+    hub.add_model("me/edited", {"model.safetensors": save({"w": torch.ones(2)})})
+    assert list(tv.Checkpoint.open("me/edited").tensors) == ["w"]
+    tv.push(out, "me/edited")
+    assert set(tv.Checkpoint.open("me/edited").tensors) == {"a.weight", "b.weight"}
+
+
+def test_an_index_that_is_not_ours_neither_goes_up_nor_stops_the_push(hub: Hub, out: Path) -> None:
+    (out / "z.safetensors.index.json").write_text("{}")
+    (out / ".x.safetensors.index.json").write_text("{}")
+    tv.push(out, "me/edited")
+    assert on_hub(hub, "me/edited").keys() == OURS
+
+
+def test_a_card_with_its_own_front_matter_is_the_whole_card(hub: Hub, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "card.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    tv.push(out, "me/edited", card=tmp_path / "card.md")
+    assert hub.files("me/edited")["README.md"] == (tmp_path / "card.md").read_bytes()
+    (tmp_path / "card.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(tv.UsageError, match="UTF-8"):
+        tv.push(out, "me/edited", card=tmp_path / "card.md")
+    done = hub.client.run(
+        "taskvec",
+        "subtract",
+        out.parent / "base",
+        out.parent / "old",
+        "--alpha",
+        "1",
+        "--push",
+        "me/x",
+        "--card",
+        tmp_path / "card.md",
+    )
+    assert done.returncode == 2 and not list(hub.client.here.iterdir())
+
+
+def test_a_branch_with_a_slash_is_named_after_the_at(hub: Hub, out: Path) -> None:
+    tv.push(out, "me/edited@feature/x")
+    assert_pushed(hub, "me/edited", out, "feature/x")
+
+
+@pytest.mark.parametrize("arguments", [("--push", "me/m.safetensors"), ("-o", "hf://me/x"), ("-o", "s3://me/x")])
+def test_outputs_that_are_no_folder_here_are_usage_errors(arguments: tuple[str, ...], hub: Hub, out: Path) -> None:
+    done = hub.client.run("taskvec", "subtract", out.parent / "base", out.parent / "old", "--alpha", "1", *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not list(hub.client.here.iterdir())
+
+
+def test_a_vector_and_an_adapter_are_pushed_too(hub: Hub, out: Path) -> None:
+    tv.TaskVector.between("base", "old").save("vector", fsync=False)
+    tv.push("vector", "me/vector")
+    (tv.Checkpoint.open("base") - 0.5 * tv.TaskVector.open("hf://me/vector/vector.safetensors")).plan()
+    tv.extract_lora("base", "old", output="lora", rank=4, fsync=False)
+    tv.push("lora", "me/lora")
+    (tv.Checkpoint.open("base") - tv.TaskVector.from_adapter("me/lora")).plan()

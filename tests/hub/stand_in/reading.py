@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
+import yaml
+
 from . import refusals
 from .card import front_matter
 from .store import Commit, File, Repo, lfs_pointer
@@ -76,7 +78,10 @@ def _info(hub: Hub, repo: Repo, commit: Commit, *, blobs: bool) -> dict[str, Any
 
 def _card(hub: Hub, commit: Commit) -> dict[str, Any]:
     readme = commit.tree.get("README.md")
-    return {} if readme is None else front_matter(hub.contents.path(readme.etag).read_text(errors="replace")) or {}
+    try:
+        return {} if readme is None else front_matter(hub.contents.path(readme.etag).read_text(errors="replace")) or {}
+    except yaml.YAMLError:  # a card that is none of the Hub's business
+        return {}
 
 
 def _sibling(file: File, blobs: bool) -> dict[str, Any]:
