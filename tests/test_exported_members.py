@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -35,8 +34,10 @@ HEAVY = {"torch", "numpy", "safetensors", "transformers", "peft", "ray", "matplo
 
 
 def test_the_public_names_are_exactly_those_exported() -> None:
-    public = {name for name, value in vars(taskvec).items() if not name.startswith("_") and not isinstance(value, ModuleType)}
-    assert public | {"__version__"} == set(taskvec.__all__)
+    assert set(dir(taskvec)) == set(taskvec.__all__)
+    assert all(hasattr(taskvec, name) for name in taskvec.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'weights'"):
+        taskvec.weights  # noqa: B018
 
 
 def test_the_exported_names_are_sorted_and_occur_once() -> None:

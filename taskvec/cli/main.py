@@ -16,14 +16,16 @@ import click
 from .._version import __version__
 from ..errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE, TaskvecError, UsageError, show
 
-_COMMANDS = {  # verb -> (module, attribute); a module is imported when its verb is used
-    "subtract": ("edit", "subtract"),
-    "add": ("edit", "add"),
-    "extract": ("extract", "extract"),
-    "lora": ("lora", "lora"),
-    "inspect": ("inspect", "inspect"),
-    "verify": ("verify", "verify"),
-    "push": ("push", "push"),
+_COMMANDS = {  # verb -> module, attribute, what it does; a module is imported when its verb is used
+    "subtract": ("edit", "subtract", "MODEL − α·(OLD − MODEL): take away what OLD learned."),
+    "add": ("edit", "add", "MODEL + α·(OLD − MODEL): put in what OLD learned."),
+    "extract": ("extract", "extract", "Save TUNED − BASE as a task vector."),
+    "lora": ("lora", "lora", "Merge an adapter, or make one of a fine-tune."),
+    "sweep": ("sweep", "sweep", "Try several α, evaluate each, and choose one."),
+    "diff": ("diff", "diff", "How far B is from A: norms, cosines, changes."),
+    "inspect": ("inspect", "inspect", "What a checkpoint or an adapter holds."),
+    "verify": ("verify", "verify", "Check an output: checksums, values, arithmetic."),
+    "push": ("push", "push", "Push an output to the Hub, in one commit."),
 }
 
 
@@ -40,10 +42,15 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module, attribute = _COMMANDS[cmd_name]
+        module, attribute, _ = _COMMANDS[cmd_name]
         command = getattr(importlib.import_module(f".{module}", __package__), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of verbs, without loading one."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, said) for verb, (_, _, said) in _COMMANDS.items()])
 
 
 @click.group(
@@ -56,7 +63,7 @@ def taskvec() -> None:
     """Add and subtract what a fine-tune taught a model, straight on checkpoint files.
 
     No model is instantiated, no code from a model runs, no pickle is opened. Exit codes: 0 ok, 1 error, 2 usage, 3 inputs
-    that do not fit together (or verify found a difference), 130 interrupted.
+    that do not fit together (or verify or diff found a difference), 130 interrupted.
     """
 
 
@@ -79,7 +86,7 @@ def main() -> NoReturn:
 def take_token(ctx: click.Context, param: click.Parameter, token: str | None) -> None:
     """--token: for this process only, and never shown."""
     if token is not None:
-        os.environ["HF_TOKEN"] = token
+        os.environ["HF_TOKEN"] = token.strip()
 
 
 TOKEN = click.option(

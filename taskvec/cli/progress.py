@@ -98,5 +98,22 @@ def print_report(report: Report, *, verbose: bool) -> None:
             counts = report.tensors.get(job.name)
             if counts:
                 click.echo(f"    {show(job.name)}: " + ", ".join(f"{k} {v:,}" for k, v in counts.items()))
+        _print_losses(report)
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
+
+
+def _print_losses(report: Report) -> None:
+    """Where the change went: by layer and kind of module, the share of it that rounding lost."""
+    from ..insight.diff import Place
+    from .by_layer import print_by_layer
+
+    meant: dict[Place, list[int]] = {}
+    for job in report.plan.edited:
+        did = report.tensors.get(job.name, {})
+        lost, changed = meant.setdefault(Place.of(job.name), [0, 0])
+        meant[Place.of(job.name)] = [lost + did.get("lost", 0), changed + did.get("changed", 0)]
+    shares = {place: lost / (lost + changed) for place, (lost, changed) in meant.items() if lost + changed}
+    if any(shares.values()):
+        click.echo("\n  share of the intended change that rounding lost")
+        print_by_layer(shares, "lost")

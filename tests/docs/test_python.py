@@ -32,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_page_runs_and_does_what_it_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, Any] = {}
     page = blocks(PAGE)
-    assert len(page) == 7
+    assert len(page) == 9
     for block in page:
         exec(compile(block, str(PAGE), "exec"), namespace)
     shown = capsys.readouterr().out
