@@ -3,10 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo f-learning test lint types bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart/run.py
+	$(BIN)/python examples/f_learning/run.py --demo --out demo-out/f-learning
+
+# The paper's experiment, five seeds: ten to twenty minutes.
+f-learning: $(VENV)/.installed
+	$(BIN)/python examples/f_learning/run.py
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto -q
@@ -28,4 +33,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py taskvec/run/na
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) demo-out f-learning-out
