@@ -22,7 +22,8 @@ from ..delta.stored import KIND, METADATA_KEY
 from ..delta.vector import TaskVector, formula, when_saved
 from ..delta.weighting import leaf
 from ..errors import UsageError, counted, listing, show
-from .edited import PathLike, check_factors, download, edited_checkpoint, workers_for
+from .edited import PathLike, edited_checkpoint, workers_for
+from .inputs import check_factors, download
 from .jobs import CHECKSUM_PLACE, Job, ShardPlan, tiles
 from .output import RECORD, Staging, Target, check_space, check_target
 from .plan import OUT_DTYPES, Matched, Options, Plan, identities, match, shard_names, split_by_size

@@ -22,8 +22,8 @@ from ..delta.vector import TaskVector
 from ..delta.weighting import leaf
 from ..errors import MismatchError, NameMismatchError, UsageError, counted, listing, show
 from .device import GPU_BATCH, open_device
-from .edited import check_factors
 from .in_memory import Applied
+from .inputs import check_factors
 from .jobs import Job, ShardPlan, batches, merged, tiles, unit_bytes
 from .kernel import Counts, ReadStored
 from .model_tensors import DTYPES, named_tensors, refuse_shared
