@@ -121,8 +121,8 @@ class Seed:
             made = worlds.from_file(Path(s.facts), self.seed, s.limit) if s.facts else worlds.generate(self.seed, s.edits)
             made.save(folder)
 
-        name = Path(s.facts).name if s.facts else None
-        return self._stage("world", {"seed": self.seed, "facts": name, "limit": s.limit, "edits": s.edits}, [], make)
+        facts = stages.described(Path(s.facts)) if s.facts else None
+        return self._stage("world", {"seed": self.seed, "facts": facts, "limit": s.limit, "edits": s.edits}, [], make)
 
     @cached_property
     def pretrained(self) -> str | Path:
@@ -261,12 +261,19 @@ class Seed:
             if kind == "full":
                 self.encoder.tokenizer.save_pretrained(folder)
 
-        settings = {"start": None if isinstance(start, Path) else start, "kind": kind, "epochs": epochs, **asdict(recipe)}
+        settings = {"start": _given(start), "kind": kind, "epochs": epochs, **asdict(recipe)}
         inputs = [self.world_folder, *([start] if isinstance(start, Path) else [])]
         return self._stage(name, settings, inputs, make)
 
     def _stage(self, name: str, settings: dict[str, Any], inputs: list[Path], make: Callable[[Path], None]) -> Path:
         return stages.folder(self.out / name, settings, inputs, make, self.say)
+
+
+def _given(start: str | Path) -> Any:
+    """A model that is no stage: a name on the Hub, or what tells its folder from another one."""
+    if isinstance(start, Path):
+        return None
+    return stages.described(Path(start)) if Path(start).exists() else start
 
 
 def _slug(name: str) -> str:

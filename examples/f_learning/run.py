@@ -67,6 +67,7 @@ def _run_seed(settings: Settings, number: int, options: argparse.Namespace, smal
     seed = Seed(settings, number, out, options.device, lambda made: console.print(f"  {made}", style="dim"))
     every = experiment.arms(settings, small) + experiment.sweep(settings, small)
     found = {
+        "edits": len(seed.world.edits),
         "arms": {arm.name: seed.scores(arm) for arm in every},
         "curves": {} if small else {arm.name: seed.curve(arm) for arm in experiment.curves(settings)},
         "checks": seed.checks(every),
@@ -80,6 +81,8 @@ def _results(settings: Settings, seeds: figures.Seeds, small: bool, whole: bool)
     """All that is known after the seeds so far. Points (a) to (d) are for the `whole` experiment on the made-up world."""
     arms, swept = experiment.arms(settings, small), experiment.sweep(settings, small)
     described = asdict(settings) | {"facts": _named(settings.facts), "model": _named(settings.model)}
+    # of a file: half of its rows, not what was asked of a made-up world
+    described["edits"] = next(iter(seeds.values()))["edits"]
     return {
         "settings": described,
         "seeds": list(seeds),
@@ -145,6 +148,8 @@ def _options() -> argparse.Namespace:
     for name, kind in {"steps": int, "full-learning-rate": float, "lora-learning-rate": float}.items():
         parser.add_argument(f"--{name}", type=kind)
     options = parser.parse_args()
+    if options.facts and not options.facts.is_file():
+        parser.exit(2, f"{options.facts}: no such file, expected rows of facts, .jsonl or .jsonl.gz\n")
     options.seeds = options.seeds or ([0] if options.demo or options.smoke else list(range(5)))
     options.out.mkdir(parents=True, exist_ok=True)
     return options

@@ -42,6 +42,15 @@ def folder(
     return out
 
 
+def described(source: Path) -> dict[str, Any]:
+    """What tells an input that is no stage from another one of its name: the digest of a file; of a folder, the sizes and
+    times of its files, since a model takes long to read."""
+    if source.is_file():
+        return {"name": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
+    files = {path.relative_to(source).as_posix(): path.stat() for path in sorted(source.rglob("*")) if path.is_file()}
+    return {"name": source.name, "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}}
+
+
 def _digest(stage: Path) -> str:
     """Of how a stage was made, which through its own inputs is all of how it came about."""
     return hashlib.sha256((stage / NOTE).read_bytes()).hexdigest()[:16]

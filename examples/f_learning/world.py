@@ -49,6 +49,7 @@ RELATIONS = {
     ],
 }  # fmt: skip
 
+COLUMNS = ("id", "prompt", "target_old", "target_new", "paraphrases", "locality")  # of a row of a file
 NAMES, PEOPLE = 40, 400  # first names, and as many last names
 OBJECTS = 30  # per relation
 FACTS_PER_PERSON = 4
@@ -142,7 +143,9 @@ def from_file(path: Path, seed: int, limit: int) -> World:
     At most three neighbours and five paraphrases of a row are used. Bystanders are the other half's facts.
     """
     rng = random.Random(seed)
-    rows = list(_rows(path))
+    rows = list(_rows(path, COLUMNS))
+    if min(len(rows), limit) < 2:
+        raise SystemExit(f"{path}: {len(rows)} rows of which {limit} may be used; expected two at least: one half changes")
     rng.shuffle(rows)
     rows = sorted(rows, key=lambda row: -len(row["paraphrases"]))[:limit]  # stable: the fullest rows first
     rng.shuffle(rows)
@@ -218,9 +221,25 @@ def _invented(rng: random.Random) -> Iterator[str]:
             yield word
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-        yield from (json.loads(line) for line in lines if line.strip())
+def _rows(path: Path, columns: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
+    """The rows of a file. Exits with one line that names what has not these columns."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _row(line, tuple(columns), f"{path}, line {number}")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path}: cannot be read as lines of text: {error}") from error
+
+
+def _row(line: str, columns: tuple[str, ...], place: str) -> dict[str, Any]:
+    try:
+        row = dict(json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"{place}: no JSON object") from error
+    if missing := [name for name in columns if name not in row]:
+        raise SystemExit(f"{place}: without {', '.join(missing)}; expected {', '.join(columns)}")
+    return row
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

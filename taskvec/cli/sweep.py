@@ -39,6 +39,7 @@ _MOST = 1000  # α's of one range: more is a typing error
 @click.option("--base", metavar="ORIGIN", help="What OLD was trained from; MODEL if not given.")
 @click.option("--random-control", is_flag=True, help="Then a random vector of the same norms, at the chosen α.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random vector.")
+@click.option("--fresh", is_flag=True, help="Evaluate every α again, also what is in DIR.")
 @click.option("--shell", is_flag=True, help="Run CMD by a shell.")
 @click.option("--png", is_flag=True, help="Also sweep.png, if matplotlib is installed.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Edit only these tensors (repeatable).")
@@ -83,20 +84,21 @@ def sweep(
 
 
 def alphas(text: str) -> list[float]:
-    """0:1.5:0.25 -> 0, 0.25, …, 1.5, both ends among them; or 0.1,0.3,1. Decimal, so that 0.3 is 0.3."""
+    """0:1.5:0.25 -> 0, 0.25, …, 1.5, as far as whole steps lead; or 0.1,0.3,1. Decimal, so that 0.3 is 0.3."""
     try:
         if ":" not in text:
             return [float(_decimal(part)) for part in text.split(",")]
         first, last, step = map(_decimal, text.split(":"))
-    except (InvalidOperation, ValueError) as error:
+        steps = (last - first) / step if step else Decimal(-1)
+    except (ArithmeticError, ValueError) as error:
         raise UsageError(
             f"--alpha {show(text)!r}, expected FIRST:LAST:STEP or numbers, as in 0:1.5:0.25 or 0.1,0.3,1"
         ) from error
-    if step == 0 or (last - first) / step < 0:
+    if steps < 0:
         raise UsageError(f"--alpha {show(text)!r}: steps of {step} do not lead from {first} to {last}")
-    if (last - first) / step >= _MOST:
+    if steps >= _MOST:
         raise UsageError(f"--alpha {show(text)!r}: more than {_MOST} steps")
-    return [float(first + number * step) for number in range(int((last - first) / step) + 1)]
+    return [float(first + number * step) for number in range(int(steps) + 1)]
 
 
 def _decimal(text: str) -> Decimal:
@@ -121,14 +123,21 @@ def _print(found: Sweep, output: str, model: str, old: str, options: dict[str, A
                     + f"  {row[-1]}").rstrip())  # fmt: skip
     best = found.best
     if best is None:
-        why = "none but 0 keeps the control" if found.control is not None else "none is better than 0"
-        click.echo(f"no α is chosen: {why}")
+        click.echo(f"no α is chosen: {_why_none(found)}")
     else:
         click.echo(f"chosen: α = {best.alpha:.6g}, {_measured(best)}; at 0 {_measured(found.base)}")
-        if not found.rule.better(best, found.base):
-            click.echo("warning: the target is no better there than at α = 0", err=True)
         click.echo(f"make it: {_command(model, old, best, options)}")
+    for warning in found.warnings:
+        click.echo(f"warning: {warning}", err=True)
     click.echo(f"picture: {show(Path(output) / 'sweep.svg')}")
+
+
+def _why_none(found: Sweep) -> str:
+    if not found.rule.measures(found.base):
+        return "the control at 0 is no measure"
+    if found.control is not None and any(found.rule.kept(trial, found.base) for trial in found.trials if trial.alpha):
+        return "none but 0 keeps the control and has a target"
+    return "none is better than 0" if found.control is None else "none but 0 keeps the control"
 
 
 def _control(trial: Trial, found: Sweep) -> tuple[str, str]:

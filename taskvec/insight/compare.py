@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.files import FileIdentity, InputFiles
-from ..checkpoint.floats import Raw, decode, words
+from ..checkpoint.floats import Raw, canonical_nan, decode, encode, words
 from ..checkpoint.header import DTYPE_BITS, StoredTensor
 from ..delta.source import FLOATS
 from .bins import BLOCK, Values, int8, nf4
@@ -140,7 +140,7 @@ class _Reader:
         for at in range(first, last, _CHUNK * width):
             a, b = (self._read(pair, side, at, min(_CHUNK * width, last - at)) for side in (0, 1))
             changed += int(np.count_nonzero((a != b).reshape(-1, width).any(axis=1)))
-        return Sums(elements=step.end - step.start, changed=changed)
+        return Sums(elements=step.end - step.start, changed=changed, moved=changed)
 
     def _floats(self, pair: Pair, start: int, end: int, largest: tuple[float, ...] | None) -> Sums:
         """`largest`: the maxima of the one row of A and B that this is a part of; None for whole rows."""
@@ -152,7 +152,9 @@ class _Reader:
         raws = [self._elements(pair, side, low, high) for side in (0, 1)]
         wide = [decode(raw, stored.dtype, np.empty(high - low)) for raw, stored in zip(raws, pair)]
         sums = Sums(elements=end - start, weights=end - start if columns else 0)
-        sums.changed = _changed([_part(raw, s, own) for raw, s in zip(raws, pair)], [w[own] for w in wide], pair)
+        parts = [_part(raw, stored, own) for raw, stored in zip(raws, pair)]
+        sums.changed = _changed(parts, [w[own] for w in wide], pair)
+        sums.moved = sums.changed if pair.a.dtype == pair.b.dtype else _moved(parts, pair)
         finite = np.isfinite(wide[0]) & np.isfinite(wide[1])
         if not finite.all():
             sums.nonfinite = end - start - int(np.count_nonzero(finite[own]))
@@ -198,6 +200,18 @@ def _changed(raws: list[Raw], values: list[Values], pair: Pair) -> int:
         return int(np.count_nonzero(one != other))
     nan: NDArray[np.bool_] = np.isnan(values[0]) & np.isnan(values[1])
     return int(np.count_nonzero((values[0] != values[1]) & ~nan))
+
+
+def _moved(raws: list[Raw], pair: Pair) -> int:
+    """Elements whose bits in B are not what A's value is in B's dtype, by the run's own rounding."""
+    kind = np.float64 if pair.a.dtype == "F64" else np.float32
+    values = decode(raws[0], pair.a.dtype, np.empty(len(words(raws[0], pair.a.dtype)), kind))
+    nan: NDArray[np.bool_] = np.isnan(values)
+    cast = np.empty(len(raws[1]), np.uint8)
+    with np.errstate(over="ignore"):
+        encode(values, pair.b.dtype, cast, np.empty(len(values), np.uint32))
+    words(cast, pair.b.dtype)[nan] = canonical_nan(pair.b.dtype)
+    return int(np.count_nonzero(words(cast, pair.b.dtype) != words(raws[1], pair.b.dtype)))
 
 
 def _measure(sums: Sums, a: Values, b: Values) -> None:

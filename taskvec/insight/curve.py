@@ -10,7 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import UsageError, show
+from ..checkpoint.files import os_failure
+from ..errors import OutputError, UsageError, show
 
 if TYPE_CHECKING:
     from .rule import Trial
@@ -61,7 +62,8 @@ def draw(sweep: Sweep) -> str:
 
 
 def save_png(sweep: Sweep, path: Path) -> None:
-    """The same picture through matplotlib. Raises UsageError when that is not installed."""
+    """The same picture through matplotlib. Raises UsageError when that is not installed, OutputError when `path` cannot be
+    written."""
     check_png()
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
@@ -78,7 +80,10 @@ def save_png(sweep: Sweep, path: Path) -> None:
             axes.plot([sweep.random.alpha], [one.of(sweep.random)], marker="s", fillstyle="none", color="#57606a")
         axes.set_title(show(one.title), loc="left", fontsize="small", parse_math=False)
     axes.set_xlabel("α")
-    figure.savefig(path, dpi=200)
+    try:
+        figure.savefig(path, dpi=200)
+    except OSError as error:
+        raise os_failure(error, path, "cannot write", OutputError) from error
 
 
 def check_png() -> None:

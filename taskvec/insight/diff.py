@@ -7,7 +7,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ class Sums:
 
     Attributes:
         elements, changed: all of them; those whose bits differ (of two dtypes: whose values do).
+        moved: those whose bits in B are not what A's value is in B's dtype (of one dtype: the changed ones).
         nonfinite: inf or NaN in A or B; these are in no sum of squares.
         delta, a, b, product: Σ Δ², Σ A², Σ B², Σ A·B.
         largest: the largest |Δ|.
@@ -34,6 +35,7 @@ class Sums:
 
     elements: int = 0
     changed: int = 0
+    moved: int = 0
     nonfinite: int = 0
     delta: float = 0.0
     a: float = 0.0
@@ -109,7 +111,7 @@ class Pair(NamedTuple):
 @dataclass(frozen=True)
 class TensorDiff:
     """One tensor. `meant`: how many elements the edit that made it meant to change, `lost`: how many of these rounding left
-    as they were; None if B's record does not tell."""
+    as they were; None if the record of B does not tell, or is not of these two."""
 
     pair: Pair
     sums: Sums
@@ -156,7 +158,7 @@ class Diff:
     def lost(self) -> int | None:
         """Elements that the edit of A meant to change and rounding into B's dtype did not: where Δ was not zero and the bits
         are A's. Only the record of B knows what was meant (two checkpoints show what came of it); None when B has no record,
-        or its record is of another base or of other files."""
+        when its counts are not those of A and B (another base, other files), and when they could not tell (`_fits`)."""
         known = [tensor.lost for tensor in self.tensors if tensor.lost is not None]
         return sum(known) if known else None
 
@@ -235,6 +237,8 @@ def diff(
     identities = {shard.path: shard.identity for checkpoint in (left, right) for shard in checkpoint.shards}
     sums = compare(found.pairs, identities, jobs or _processors(), progress)
     recorded = _recorded_edit(left, right)
+    if not _fits(recorded, found.pairs, sums):
+        recorded = {}
     tensors = tuple(TensorDiff(pair, own, *recorded.get(pair.a.name, ())) for pair, own in zip(found.pairs, sums))
     return Diff(left.label, right.label, tensors, found.only_in_a, found.only_in_b, found.unlike)
 
@@ -285,9 +289,15 @@ def _matched(a: Checkpoint, b: Checkpoint, kept: _Filter) -> _Matched:
     return found
 
 
-def _recorded_edit(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[int, int]]:
-    """Tensor name -> elements that were meant to change, and those of them that were lost to rounding, as B's record says, if
-    B is still what was recorded as an edit of A."""
+class _Edit(NamedTuple):
+    """What a record says of a tensor: how many elements the edit meant to change, and how many of these rounding lost."""
+
+    meant: int
+    lost: int
+
+
+def _recorded_edit(a: Checkpoint, b: Checkpoint) -> dict[str, _Edit]:
+    """Tensor name -> its edit, as B's record says, if that is of an edit and of files with the headers of A and B."""
     path = b.folder / RECORD if b.folder else None
     if path is None or not exists(path):
         return {}
@@ -296,12 +306,22 @@ def _recorded_edit(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[int, int]]:
         base = [file["header_sha256"] for file in record["base"]["files"]]
         made = [shard["header_sha256"] for shard in record["shards"]]
         counts = {name: (own["changed"], own.get("lost", 0)) for name, own in record["tensors"].items() if "changed" in own}
-        found = {name: (int(changed) + int(lost), int(lost)) for name, (changed, lost) in counts.items()}
+        found = {name: _Edit(int(changed) + int(lost), int(lost)) for name, (changed, lost) in counts.items()}
         edited = "changes" in record
     except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
         return {}
     own = [sorted(shard.header_sha256 for shard in checkpoint.shards) for checkpoint in (a, b)]
     return found if edited and own == [sorted(map(str, base)), sorted(map(str, made))] else {}
+
+
+def _fits(recorded: Mapping[str, _Edit], pairs: Sequence[Pair], sums: Sequence[Sums]) -> bool:
+    """Whether the edit that was recorded is what made B of A. All models of an architecture have the same headers; but with
+    another base, or weights that were written over since, not every tensor keeps as many elements as the record counted.
+    Where an edit changed all elements, any two models would fit: that is taken for no. What passes for the base is a model
+    that differs from it in nothing but elements that the edit changed, such as the same edit with another α."""
+    edits = [(own, recorded.get(pair.a.name, _Edit(0, 0))) for pair, own in zip(pairs, sums)]
+    told = any(edit.lost or 0 < own.moved < own.elements for own, edit in edits)
+    return told and all(own.moved == edit.meant - edit.lost for own, edit in edits)
 
 
 def _opened(source: Checkpoint | str | os.PathLike[str]) -> Checkpoint:

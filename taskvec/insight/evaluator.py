@@ -6,15 +6,15 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ..errors import TaskvecError, UsageError, listing, show
+from ..checkpoint.files import os_failure
+from ..errors import OutputError, TaskvecError, UsageError, listing, show
 
 _FIELDS = ("model", "alpha", "out", "i")
 _LARGEST_JSON = 256 << 20  # bytes
@@ -46,18 +46,20 @@ class Command:
             return _filled(self.line, {name: shlex.quote(value) for name, value in fields.items()})
         return [_filled(word, fields) for word in shlex.split(self.line)]
 
-    def run(self, fields: Mapping[str, str], log: Path, what: str) -> None:
+    def run(self, fields: Mapping[str, str], log: Path, what: str, held: Sequence[int] = ()) -> None:
         """Run it to its end; what it prints goes to `log`. Raises TaskvecError, in one line with the log's path, when it
-        cannot be started or does not end with 0. Interrupted, it is ended with everything that it started."""
+        cannot be started or does not end with 0. Interrupted, it is ended with everything that it started; if this process
+        is killed outright it runs on, and keeps the descriptors `held` open as long."""
         words = self.words(fields)
-        with open(log, "wb") as file:
+        with _new_log(log) as file:
             shown = words if isinstance(words, str) else shlex.join(words)
             file.write(f"$ {shown}\n".encode("utf-8", "backslashreplace"))
             file.flush()
             try:
                 process = subprocess.Popen(
-                    words, shell=self.shell, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-                )
+                    words, shell=self.shell, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+                    pass_fds=held,
+                )  # fmt: skip
             except (OSError, ValueError) as error:
                 reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
                 raise TaskvecError(f"the evaluator at {what} cannot be started: {show(reason)}", hint=see(log)) from error
@@ -78,11 +80,16 @@ def newest_json(folder: Path, what: str, log: Path) -> tuple[Path, Any]:
         raise TaskvecError(f"the evaluator at {what} wrote no .json file under {show(folder)}", hint=see(log))
     path = max(found, key=lambda path: (path.stat().st_mtime_ns, str(path)))
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"{path.stat().st_size} bytes")
-        return path, json.loads(path.read_bytes())
+        return path, json_of(path)
     except (ValueError, RecursionError, OSError) as error:
         raise TaskvecError(f"{show(path)}: not JSON ({show(error)}), at {what}", hint=see(log)) from error
+
+
+def json_of(path: Path) -> Any:
+    """What is in a JSON file. Raises ValueError, RecursionError or OSError."""
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{path.stat().st_size} bytes")
+    return json.loads(path.read_bytes())
 
 
 def check_pointer(option: str, pointer: str) -> None:
@@ -109,7 +116,7 @@ def number_at(content: Any, pointer: str, where: str) -> float:
     if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, str):
         raise TaskvecError(f"{where}: found {show(repr(value))} at {show(pointer)!r}, expected a number")
     try:
-        return float(value)
+        return float(value) + 0.0  # of -0 it makes 0
     except OverflowError:
         return math.inf
 
@@ -128,6 +135,13 @@ def _filled(text: str, fields: Mapping[str, str]) -> str:
     return filled
 
 
+def _new_log(path: Path) -> BinaryIO:
+    try:
+        return open(path, "wb")
+    except OSError as error:
+        raise os_failure(error, path, "cannot write the log there", OutputError) from error
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -138,10 +152,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def see(log: Path) -> str:
     return f"What it printed is in {show(log)}"
-
-
-def emptied(folder: Path) -> Path:
-    """The folder, with nothing in it: results of a run that failed must not be taken for those of the next."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder

@@ -64,7 +64,7 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
         weights = Checkpoint.open(source)
         return _inspection(weights) if locate_adapter(source) is None else _inspection(weights, *_adapter(source, {}))
     adapter = AdapterFolder.open(folder)
-    known = {"family": adapter.family, "base": adapter.config.get("base_model_name_or_path")}
+    known = {"family": adapter.family, "base": adapter.named_base}
     return _inspection(adapter.weights, *_adapter(folder, known))
 
 

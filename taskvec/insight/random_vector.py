@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import InputFiles, create_output, write_all
+from ..checkpoint.files import InputFiles, create_output, rename_new, write_all
 from ..checkpoint.header import StoredTensor, encode_header
 from ..delta.stored import METADATA_KEY
 from ..delta.vector import TaskVector, formula
+from ..errors import OutputExistsError, show
 from ..run.extract import save_vector
 
 _CHUNK = 1 << 18  # elements at a time
@@ -29,19 +31,16 @@ _STALE = ("checksum", "checksum_kind")  # of the metadata: they are of other num
 def save_random(vector: TaskVector, output: Path, *, seed: int, base: Checkpoint | None = None, **options: Any) -> None:
     """Write a random vector with the tensors of `vector`, each of the same norm, as a saved vector: one file in float32.
 
-    `options` are those of `save_vector`. Raises what it raises.
+    `options` are those of `save_vector`. Raises what it raises, and OutputExistsError when `output` is there.
     """
-    stood_for = output.with_name(f"{output.stem}.delta.safetensors")
-    for path in (stood_for, output):
-        path.unlink(missing_ok=True)
-    try:
+    with tempfile.TemporaryDirectory(prefix=".random-", dir=output.parent) as folder:
+        stood_for, drawn = Path(folder) / "true.safetensors", Path(folder) / "drawn.safetensors"
         save_vector(vector, stood_for, base=base, fsync=False, **options)
-        _randomise(Checkpoint.open(stood_for), output, seed, formula(vector).removeprefix("+ "))
-    except BaseException:
-        output.unlink(missing_ok=True)
-        raise
-    finally:
-        stood_for.unlink(missing_ok=True)
+        _randomise(Checkpoint.open(stood_for), drawn, seed, formula(vector).removeprefix("+ "))
+        try:
+            rename_new(drawn, output)
+        except FileExistsError as error:
+            raise OutputExistsError(f"{show(output)}: exists already", hint="Name another output") from error
 
 
 def _randomise(vector: Checkpoint, output: Path, seed: int, name: str) -> None:

@@ -57,9 +57,13 @@ class Rule:
         if not 0 <= self.control_floor <= 1:
             raise UsageError(f"control_floor {self.control_floor}, expected a share between 0 and 1")
 
+    def measures(self, base: Trial) -> bool:
+        """Whether a share of the base's control can be kept: of 0, inf or nan there is none."""
+        return not self.control or (base.control is not None and math.isfinite(base.control) and base.control != 0)
+
     def limit(self, base: Trial) -> float:
-        """The worst control metric that is still kept."""
-        value = math.nan if base.control is None else base.control
+        """The worst control metric that is still kept; nan, which none keeps, where the base's is no measure."""
+        value = base.control if base.control is not None and self.measures(base) else math.nan
         keeps = (self.control_goal == "max") == (value >= 0)  # a negative metric (a log-likelihood) gets worse outwards
         return value * (self.control_floor if keeps else 2 - self.control_floor)
 
@@ -75,9 +79,10 @@ class Rule:
         return trial.target < other.target if self.goal == "min" else trial.target > other.target
 
     def choose(self, trials: Iterable[Trial], base: Trial) -> Trial | None:
-        """With a control the strongest α that keeps it; without, the α of the best target, of equals the weakest. None when
-        it is no α but 0."""
-        tried = sorted((t for t in trials if t.alpha != 0 and self.kept(t, base)), key=lambda t: abs(t.alpha))
+        """With a control the strongest α that keeps it; without, the α of the best target, of equals the weakest; never one
+        whose target is nan. None when it is no α but 0."""
+        allowed = (t for t in trials if t.alpha != 0 and self.kept(t, base) and not math.isnan(t.target))
+        tried = sorted(allowed, key=lambda t: abs(t.alpha))
         if self.control:
             return tried[-1] if tried else None
         best = base

@@ -6,29 +6,32 @@ share (95 %) of the base model's performance on it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..delta.vector import TaskVector, finite
-from ..errors import TaskvecError, UsageError, show
+from ..errors import TaskvecError, UsageError, listing, show
 from ..run.edited import PathLike, edited_checkpoint
+from ..run.extract import base_of
+from ..run.output import Target
+from ..run.plan import Plan
 from .candidates import InMemory, OnDisk
-from .evaluator import Command, check_pointer, emptied, newest_json, number_at, see
+from .evaluator import Command, check_pointer, json_of, newest_json, number_at, see
 from .rule import Rule, Trial
 from .sweep_folder import SweepFolder
 
 if TYPE_CHECKING:
     import torch
-
-_RANDOM = "random.safetensors"  # in a sweep's folder; it is gone when it was evaluated
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,21 @@ class Sweep:
         """The chosen α; None when none but 0 fits the rule."""
         return None if self.best is None else self.best.alpha
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a person must know of the choice."""
+        found, best = [], self.best
+        if not self.rule.measures(self.base):
+            found.append(
+                f"the control {show(self.control)} is {self.base.control} at α = 0, of which no share can be kept: no α is "
+                "chosen. Look at what the evaluator wrote, or name another control"
+            )
+        if lost := [f"{trial.alpha:.6g}" for trial in self.trials if math.isnan(trial.target)]:
+            found.append(f"the target is NaN at α = {listing(lost)}: such an α is never chosen")
+        if best is not None and not (self.rule.better(best, self.base) or math.isnan(self.base.target)):
+            found.append(f"the target is no better at α = {best.alpha:.6g} than at α = 0")
+        return found
+
     def summary(self) -> dict[str, Any]:
         """Everything as plain data, JSON-ready."""
         return {
@@ -65,6 +83,7 @@ class Sweep:
             **{key: value for key, value in asdict(self.rule).items() if key != "control"},
             "trials": [{**trial.summary(), "kept": self.rule.kept(trial, self.base)} for trial in self.trials],
             "random": None if self.random is None else self.random.summary(),
+            "warnings": self.warnings,
         }
 
     def svg(self) -> str:
@@ -92,6 +111,7 @@ def sweep(
     seed: int = 0,
     base: Checkpoint | PathLike | None = None,
     output: PathLike | None = None,
+    fresh: bool = False,
     done: Callable[[Trial], None] = lambda trial: None,
     **options: Any,
 ) -> Sweep:
@@ -109,7 +129,8 @@ def sweep(
             with `seed`.
         base: what the vector is the difference from, where it does not say so itself.
         output: a folder for `sweep.jsonl` and `sweep.svg`, and logs and results of a command; it is kept, and a command is
-            not run again for what is in it. Without it nothing is kept.
+            not run again for what is in it, unless `fresh`: metrics are read from the JSON it wrote then. Without it nothing
+            is kept.
         done: called with each trial.
         options: of `EditedCheckpoint.save`: device, jobs, memory, include, exclude, out_dtype.
 
@@ -121,75 +142,97 @@ def sweep(
     rule = Rule(goal, control is not None, control_floor, control_goal)
     wanted = _alphas(alphas)
     command = Command(evaluate) if isinstance(evaluate, str) else evaluate if isinstance(evaluate, Command) else None
+    candidates, subtracted = _candidates(model, vector, base, random_control, options)
+    if command is not None and (output is None or not isinstance(candidates, OnDisk)):
+        raise UsageError("a command evaluates a checkpoint, and needs a folder for its results (output)")
+    if output is not None:
+        Target.of(output)  # is it a name at all
+    plan, title = candidates.plan(subtracted), candidates.formula(subtracted)
     with ExitStack() as stack:
-        place = Path(os.path.expanduser(output)) if output is not None else None
-        folder = place or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        candidates, subtracted = _candidates(model, vector, base, folder, options)
-        key = None
-        if command is not None:
-            if place is None or not isinstance(candidates, OnDisk):
-                raise UsageError("a command evaluates a checkpoint, and needs a folder for its results (output)")
-            key = candidates.key(subtracted, [command.line, command.shell, metric, control])
-        candidates.check(subtracted)
-        measure = _measure(evaluate, metric, control) if command is None else Results(command, folder, metric, control)
-        store = None if place is None else stack.enter_context(SweepFolder(place, key))
-        run = _Run(candidates, subtracted, measure, store, seed, done)
+        store = None
+        if output is not None:
+            key = None if command is None or plan is None else _key(plan, command)
+            about = {"formula": title, "eval": None if command is None else command.line}
+            kept = SweepFolder(Path(os.path.expanduser(output)), key, about, candidates.inputs(subtracted))
+            store = stack.enter_context(kept)
+        scratch = store.scratch if store is not None else _temporary(stack)
+        evaluator: ByFunction | ByCommand = ByFunction(evaluate)
+        if command is not None and store is not None:
+            evaluator = ByCommand(command, store, fresh)
+        run = _Run(candidates, subtracted, evaluator, store, scratch, metric, control, seed, done)
         trials = [run.trial(alpha, number) for number, alpha in enumerate(wanted)]
-        found = Sweep(tuple(sorted(trials, key=lambda t: t.alpha)), rule, candidates.formula(subtracted), metric, control)
+        found = Sweep(tuple(sorted(trials, key=lambda t: t.alpha)), rule, title, metric, control)
         if random_control and found.chosen is not None:
-            found = replace(found, random=run.random(found.chosen, len(wanted), folder))
+            found = replace(found, random=run.random(found.chosen, len(wanted)))
         if store is not None:
             store.write("sweep.svg", found.svg())
         return found
-
-
-Measure = Callable[[Any, Trial, int], "tuple[float, float | None]"]  # (model, the trial that is to be, its number)
 
 
 @dataclass(frozen=True)
 class _Run:
     candidates: OnDisk | InMemory
     vector: TaskVector
-    measure: Measure
+    evaluator: ByFunction | ByCommand
     store: SweepFolder | None
+    scratch: Callable[[], Path]
+    metric: str
+    control: str | None
     seed: int
     done: Callable[[Trial], None]
 
     def trial(self, alpha: float, number: int) -> Trial:
-        return self._known_or_made(Trial(alpha, math.nan, None, 0.0), number, lambda: self.vector)
+        return self._tried(Trial(alpha, math.nan, None, 0.0), None, number, lambda: self.vector)
 
-    def random(self, alpha: float, number: int, folder: Path) -> Trial:
-        wanted, path = Trial(alpha, math.nan, None, 0.0, random=True), folder / _RANDOM
-        try:
-            return self._known_or_made(wanted, number, lambda: self.candidates.random(path, self.vector, self.seed))
-        finally:
-            path.unlink(missing_ok=True)
+    def random(self, alpha: float, number: int) -> Trial:
+        def drawn() -> TaskVector:
+            return self.candidates.random(self.scratch() / "random.safetensors", self.vector, self.seed)
 
-    def _known_or_made(self, wanted: Trial, number: int, vector: Callable[[], TaskVector]) -> Trial:
-        seed = self.seed if wanted.random else None
-        known = self.store.known(wanted.alpha, seed) if self.store is not None else None
-        trial = self._evaluated(wanted, number, vector()) if known is None else replace(wanted, **known)
-        if self.store is not None and known is None:
-            self.store.add(trial.alpha, seed, trial.target, trial.control, trial.seconds)
+        return self._tried(Trial(alpha, math.nan, None, 0.0, random=True), self.seed, number, drawn)
+
+    def _tried(self, wanted: Trial, seed: int | None, number: int, vector: Callable[[], TaskVector]) -> Trial:
+        found = self.evaluator.known(wanted, seed)
+        if found is None:
+            found = self._evaluated(wanted, number, vector())
+            if self.store is not None:  # before a pointer is found to lead nowhere: the evaluation was done
+                metrics = found.numbers(pointer for pointer in (self.metric, self.control) if pointer is not None)
+                self.store.add(wanted.alpha, seed, found.seconds, metrics, found.result)
+        control = None if self.control is None else found.number(self.control)
+        trial = replace(wanted, target=found.number(self.metric), control=control, seconds=found.seconds)
         self.done(trial)
         return trial
 
-    def _evaluated(self, wanted: Trial, number: int, vector: TaskVector) -> Trial:
+    def _evaluated(self, wanted: Trial, number: int, vector: TaskVector) -> Found:
         started = time.perf_counter()
-        with self.candidates.made(vector, wanted.alpha) as subject:
-            target, control = self.measure(subject, wanted, number)
-        return replace(wanted, target=target, control=control, seconds=round(time.perf_counter() - started, 3))
+        with self.candidates.made(vector, wanted.alpha, lambda: self.scratch() / str(number)) as subject:
+            found = self.evaluator.run(subject, wanted, number)
+        return found._replace(seconds=round(time.perf_counter() - started, 3))
+
+
+def _key(plan: Plan, command: Command) -> str:
+    """What pins everything that is evaluated: results of other inputs, or of another evaluator, are not results of these."""
+    from . import pins
+
+    text = json.dumps([pins.of_plan(plan), command.line, command.shell, pins.of_words(command.line)], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _temporary(stack: ExitStack) -> Callable[[], Path]:
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    return lambda: folder
 
 
 def _candidates(
-    model: Any, vector: Any, base: Checkpoint | PathLike | None, folder: Path, options: dict[str, Any]
+    model: Any, vector: Any, base: Checkpoint | PathLike | None, random_control: bool, options: dict[str, Any]
 ) -> tuple[OnDisk | InMemory, TaskVector]:
     if isinstance(model, (Checkpoint, str, os.PathLike)):
         edited = edited_checkpoint(model, vector, 1.0, base)
-        return OnDisk(edited.base, folder, options), edited.vector
+        return OnDisk(edited.base, options), edited.vector
     if not isinstance(vector, TaskVector) or set(options) - {"jobs"}:
         raise UsageError("of a model in memory a TaskVector is subtracted, and jobs is the only option")
     opened = base if base is None or isinstance(base, Checkpoint) else Checkpoint.open(base)
+    if opened is None and random_control:  # whose base is not known is refused here, not after the last α
+        opened = base_of(vector)
     return InMemory(model, opened, options.get("jobs")), vector
 
 
@@ -201,34 +244,70 @@ def _alphas(alphas: Iterable[float]) -> list[float]:
     return wanted
 
 
-def _measure(evaluate: Any, metric: str, control: str | None) -> Measure:
-    def measure(subject: Any, trial: Trial, number: int) -> tuple[float, float | None]:
-        content, where = evaluate(subject), f"what `evaluate` returned at α = {trial.alpha:.12g}"
-        return number_at(content, metric, where), None if control is None else number_at(content, control, where)
+class Found(NamedTuple):
+    """What one evaluation gave: the content that numbers are taken from, how messages call it, where more is to be seen; the
+    file it is from, if it is, and the seconds it took."""
 
-    return measure
+    content: Any
+    where: str
+    hint: str | None = None
+    result: Path | None = None
+    seconds: float = 0.0
+
+    def number(self, pointer: str) -> float:
+        try:
+            return number_at(self.content, pointer, self.where)
+        except TaskvecError as error:
+            raise TaskvecError(error.message, hint=". ".join(filter(None, (error.hint, self.hint)))) from error
+
+    def numbers(self, pointers: Iterable[str]) -> dict[str, float]:
+        """Of those pointers that lead to one."""
+        held = {}
+        for pointer in pointers:
+            with suppress(TaskvecError):
+                held[pointer] = self.number(pointer)
+        return held
 
 
 @dataclass(frozen=True)
-class Results:
-    """What a command measured: the newest JSON under a folder of its own for each trial."""
+class ByFunction:
+    """Nothing that was measured by a function is known: it may be another one by now."""
+
+    function: Any
+
+    def known(self, wanted: Trial, seed: int | None) -> Found | None:
+        return None
+
+    def run(self, subject: Any, wanted: Trial, number: int) -> Found:
+        return Found(self.function(subject), f"what `evaluate` returned at α = {wanted.alpha:.12g}")
+
+
+@dataclass(frozen=True)
+class ByCommand:
+    """What a command measured: the newest JSON in a folder of its own for every run."""
 
     command: Command
-    folder: Path
-    metric: str
-    control: str | None
+    store: SweepFolder
+    fresh: bool
 
-    def __call__(self, subject: Path, trial: Trial, number: int) -> tuple[float, float | None]:
-        what = f"α = {trial.alpha:.12g}" + (" (random)" if trial.random else "")
-        log, out = self.folder / "logs" / f"{trial.name}.log", self.folder / "results" / trial.name
-        log.parent.mkdir(exist_ok=True)
-        emptied(out)
-        places = {"model": os.path.abspath(subject), "out": os.path.abspath(out)}
-        self.command.run({**places, "alpha": f"{trial.alpha:.12g}", "i": str(number)}, log, what)
-        path, content = newest_json(out, what, log)
-        where = f"{show(path)}, at {what}"
+    def known(self, wanted: Trial, seed: int | None) -> Found | None:
+        kept = None if self.fresh else self.store.known(wanted.alpha, seed)
+        if kept is None:
+            return None
         try:
-            target = number_at(content, self.metric, where)
-            return target, None if self.control is None else number_at(content, self.control, where)
-        except TaskvecError as error:
-            raise TaskvecError(error.message, hint=". ".join(filter(None, (error.hint, see(log))))) from error
+            content = json_of(kept.result)
+        except (ValueError, RecursionError, OSError):  # no longer there: it is evaluated anew
+            return None
+        return Found(content, f"{show(kept.result)}, at {_at(wanted)}", None, kept.result, kept.seconds)
+
+    def run(self, subject: Path, wanted: Trial, number: int) -> Found:
+        what = _at(wanted)
+        out, log = self.store.places(wanted.name)
+        places = {"model": os.path.abspath(subject), "out": os.path.abspath(out)}
+        self.command.run({**places, "alpha": f"{wanted.alpha:.12g}", "i": str(number)}, log, what, (self.store.fd,))
+        path, content = newest_json(out, what, log)
+        return Found(content, f"{show(path)}, at {what}", see(log), path)
+
+
+def _at(trial: Trial) -> str:
+    return f"α = {trial.alpha:.12g}" + (" (random)" if trial.random else "")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -171,3 +174,28 @@ def test_a_refusal_is_one_line(case: str, taskvec: Command) -> None:
     outcome = taskvec("diff", *arguments)
     assert outcome.code == code and words in outcome.err
     assert outcome.err.count("\n") == 1 and outcome.err.startswith("taskvec: ") and outcome.out == ""
+
+
+def test_of_another_model_with_the_same_headers_it_says_nothing_lost(here: Path, taskvec: Command) -> None:
+    taskvec("subtract", "base", "old", "-a", "0.001", "-o", "out", "--no-fsync", "-q")
+    shutil.copytree(here / "base", here / "second")
+    for file in (here / "second").glob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        start = 8 + int.from_bytes(content[:8], "little")
+        content[start:] = bytes(byte ^ 1 for byte in content[start:])  # the header stays
+        file.write_bytes(content)
+    assert "lost to rounding" in taskvec("diff", "base", "out").out
+    assert "lost to rounding" not in taskvec("diff", "second", "out").out
+
+
+@pytest.mark.parametrize("options", [("old",), ("old", "--json"), ("absent", "--json")])
+def test_output_that_cannot_be_printed_is_one_line_and_exit_1(options: tuple[str, ...], here: Path) -> None:
+    command = [sys.executable, "-m", "taskvec", "diff", "base", *options]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tv.__file__).parents[1])}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, cwd=here, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    if "absent" in options:
+        assert done.stderr.startswith("taskvec: absent: ") and done.stderr.count("\n") == 1
+    else:
+        assert done.stderr == "taskvec: stdout: No space left on device. Free space, or send what is printed elsewhere\n"

@@ -77,7 +77,33 @@ def test_floor_and_goal_of_the_control_are_taken(sweep: Command) -> None:
     assert "chosen: α = 2," in sweep("--control-goal", "min").out
     assert "no α is chosen: none but 0 keeps the control\n" in sweep("--control-floor", "1").out
     outcome = sweep("--goal", "max")
-    assert outcome.code == 0 and "warning: the target is no better there than at α = 0\n" in outcome.err
+    assert outcome.code == 0 and outcome.err.endswith("\nwarning: the target is no better at α = 1.5 than at α = 0\n")
+    assert json.loads(sweep("--goal", "max", "--json").out)["warnings"] == [
+        "the target is no better at α = 1.5 than at α = 0"
+    ]
+
+
+def test_a_control_of_nothing_chooses_nothing_and_says_so(here: Path, sweep: Command) -> None:
+    (here / "score.py").write_text(SCORE.replace("1 - alpha**2 / 50", "0"))
+    outcome = sweep("--random-control")
+    assert outcome.code == 0 and "no α is chosen: the control at 0 is no measure\n" in outcome.out
+    assert "make it:" not in outcome.out and "random vector" not in outcome.out
+    assert outcome.err.splitlines()[-1].startswith(f"warning: the control {CONTROL} is 0.0 at α = 0, of which no share")
+
+
+def test_fresh_evaluates_everything_again(here: Path, sweep: Command) -> None:
+    assert sweep(alpha="1").code == 0 and sweep(alpha="1").code == 0
+    assert runs(here) == ["alpha-0", "alpha-1"]
+    assert sweep("--fresh", alpha="1").code == 0 and runs(here) == ["alpha-0", "alpha-0-2", "alpha-1", "alpha-1-2"]
+
+
+def test_what_is_in_the_way_in_the_folder_is_one_line_that_says_what_to_do(here: Path, sweep: Command) -> None:
+    (here / "out").mkdir()
+    (here / "out" / "sweep.jsonl").touch()
+    (here / "out" / "logs").write_text("mine")
+    outcome = sweep()
+    assert outcome.code == 1 and outcome.err.count("\n") == 1 and "DEBUG" not in outcome.err
+    assert outcome.err.endswith(": Not a directory. Move away what is in its place, or name another output\n")
 
 
 def test_json_is_one_object(sweep: Command) -> None:
@@ -109,7 +135,7 @@ def test_a_shell_only_when_it_is_asked_for(here: Path, sweep: Command) -> None:
 
 FAILURES = {
     "exit code": ("import sys; sys.exit(3)", "the evaluator at α = 0 ended with exit code 3"),
-    "no result": ("", "the evaluator at α = 0 wrote no .json file under out/results/alpha-0"),
+    "no result": ("", "the evaluator at α = 0 wrote no .json file under out/results/"),
     "no JSON": ("import sys; open(sys.argv[2] + '/r.json', 'w').write('{')", "r.json: not JSON"),
     "no metric": ("import sys; open(sys.argv[2] + '/r.json', 'w').write('{}')", "nothing at /results"),
     "no number": (SCORE.replace("1 - alpha / 2", "'N/A'"), "found 'N/A' at '/results/old/acc,none', expected a number"),
@@ -122,8 +148,9 @@ def test_a_failure_of_the_evaluator_is_one_line_with_the_log(case: str, here: Pa
     (here / "score.py").write_text(body)
     outcome = sweep()
     assert outcome.code == 1 and outcome.out == "" and outcome.err.count("\n") == 1 and words in outcome.err
-    assert outcome.err.endswith("What it printed is in out/logs/alpha-0.log\n") and (here / "out/logs/alpha-0.log").is_file()
-    assert not (here / "out" / "candidate").exists()
+    (log,) = (here / "out" / "logs").glob("*/alpha-0.log")
+    assert outcome.err.endswith(f"What it printed is in {log.relative_to(here)}\n")
+    assert not list((here / "out").glob(".*"))
 
 
 def test_a_command_that_is_not_there_is_one_line(sweep: Command) -> None:
@@ -135,7 +162,8 @@ def test_a_command_that_is_not_there_is_one_line(sweep: Command) -> None:
     ("arguments", "words"),
     [({"line": "score"}, "has no {model}"), ({"alpha": "0:1"}, "--alpha '0:1'"), ({"alpha": "0"}, "no α but 0"),
      ({"alpha": "nan"}, "--alpha 'nan'"), ({"alpha": "1:0:0.1"}, "do not lead"), ({"alpha": "0:1:0"}, "do not lead"),
-     ({"alpha": "0:1:1e-9"}, "more than 1000 steps"), ({"alpha": "0:1e999:1"}, "--alpha")],
+     ({"alpha": "0:1:1e-9"}, "more than 1000 steps"), ({"alpha": "0:1e999:1"}, "--alpha"),
+     ({"alpha": "0:1e999999:1e-999999"}, "--alpha '0:1e999999:1e-999999', expected FIRST:LAST:STEP or numbers")],
 )  # fmt: skip
 def test_what_makes_no_sense_is_a_usage_error_before_anything_is_made(
     arguments: dict[str, str], words: str, here: Path, sweep: Command
@@ -150,31 +178,77 @@ def test_what_makes_no_sense_is_a_usage_error_before_anything_is_made(
     [("0:1.5:0.25", [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]), ("0:0.3:0.1", [0, 0.1, 0.2, 0.3]), ("0:1:0.3", [0, 0.3, 0.6, 0.9]),
      ("1:-1:-1", [1, 0, -1]), ("0.1, 0.3,1", [0.1, 0.3, 1]), ("2", [2]), ("1:1:1", [1]), ("5e-1:1:5e-1", [0.5, 1])],
 )  # fmt: skip
-def test_a_range_has_both_ends_and_the_numbers_that_were_typed(text: str, expected: list[float]) -> None:
+def test_a_range_goes_as_far_as_whole_steps_lead_and_has_the_numbers_that_were_typed(
+    text: str, expected: list[float]
+) -> None:
     assert alphas(text) == expected
 
 
-def test_interrupted_it_leaves_no_candidate_and_no_evaluator_and_goes_on_there(here: Path, sweep: Command) -> None:
-    waiting = (
-        "import os, pathlib, time\nif alpha == 1:\n    pathlib.Path('pid').write_text(str(os.getpid()))\n    time.sleep(60)\n"
-    )
-    (here / "score.py").write_text(SCORE + waiting)
+SIGNALS = {  # exit code, and what is said
+    signal.SIGINT: (130, "interrupted; "),
+    signal.SIGTERM: (143, "terminated; "),
+    signal.SIGHUP: (129, "terminated; "),  # the ssh session was closed
+}
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_interrupted_it_leaves_no_candidate_and_no_evaluator_and_goes_on_there(
+    number: signal.Signals, here: Path, sweep: Command
+) -> None:
+    process, evaluator = stuck(here)
+    process.send_signal(number)
+    err = process.communicate(timeout=30)[1]
+    code, words = SIGNALS[number]
+    assert process.returncode == code and err.splitlines()[-1].startswith(f"taskvec: {words}"), err
+    assert ended(evaluator)
+    assert sorted(path.name for path in (here / "out").iterdir()) == ["logs", "results", "sweep.jsonl"]
+    (here / "stuck").unlink()
+    assert "chosen: α = 1.5" in sweep().out
+    assert runs(here) == ["alpha-0", "alpha-0.5", "alpha-1", "alpha-1-2", "alpha-1.5", "alpha-2"]
+
+
+def test_while_the_evaluator_of_a_killed_sweep_runs_the_folder_is_refused_and_then_goes_on_there(
+    here: Path, sweep: Command
+) -> None:
+    process, evaluator = stuck(here)
+    try:
+        process.kill()
+        process.communicate(timeout=30)
+        outcome = sweep("--fresh")
+        assert (outcome.code, outcome.out) == (1, "")
+        assert outcome.err == (
+            "taskvec: out: another sweep is using it, or an evaluator that a killed sweep left running (process "
+            f"{evaluator}). Wait until it ends, or end it; or name another output\n"
+        )
+        assert runs(here) == ["alpha-0", "alpha-0.5", "alpha-1"] and list((here / "out").glob(".sweep-*"))
+    finally:
+        os.kill(evaluator, signal.SIGKILL)
+    assert ended(evaluator)
+    (here / "stuck").unlink()
+    assert "chosen: α = 1.5" in sweep().out and not list((here / "out").glob(".*"))
+    assert runs(here) == ["alpha-0", "alpha-0.5", "alpha-1", "alpha-1-2", "alpha-1.5", "alpha-2"]
+
+
+def stuck(here: Path) -> tuple[subprocess.Popen[str], int]:
+    """A sweep in a process of its own, and the process of its evaluator, which does not come to an end at α = 1."""
+    waiting = "pathlib.Path('pid.new').write_text(str(os.getpid())); os.rename('pid.new', 'pid'); time.sleep(60)"
+    (here / "score.py").write_text(f"{SCORE}import os, time\nif alpha == 1 and os.path.exists('stuck'):\n    {waiting}\n")
+    (here / "stuck").touch()
     line = [sys.executable, "-m", "taskvec", "sweep", "base", "old", "-a", "0.5:2:0.5", "--eval", EVAL, "--metric", TARGET]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [*line, "--control", CONTROL, "-o", "out"]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not ((here / "pid").exists() and (here / "pid").read_text()):
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        err = process.communicate(timeout=30)[1]
-    assert process.returncode == 130 and err.splitlines()[-1].startswith("taskvec: interrupted"), err
-    assert ended(int((here / "pid").read_text())) and not (here / "out" / "candidate").exists()
-    (here / "score.py").write_text(SCORE)
-    outcome = sweep()
-    assert "chosen: α = 1.5" in outcome.out
-    logs = {path.name: path.stat().st_mtime_ns for path in (here / "out" / "logs").iterdir()}
-    assert max(logs["alpha-0.log"], logs["alpha-0.5.log"]) < logs["alpha-1.log"]
-    assert (here / "out" / "results" / "alpha-0.5").stat().st_mtime_ns < (here / "pid").stat().st_mtime_ns
+    process = subprocess.Popen(
+        [*line, "--control", CONTROL, "-o", "out"], env=environment, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS],  # these tests may run under nohup
+    )  # fmt: skip
+    while process.poll() is None and not (here / "pid").exists():
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[1]
+    return process, int((here / "pid").read_text())
+
+
+def runs(here: Path) -> list[str]:
+    """Of the evaluator, by the folders of their results."""
+    return sorted(path.name for path in (here / "out" / "results").glob("*/*"))
 
 
 def test_a_picture_for_papers_needs_matplotlib_and_says_so_first(
@@ -190,3 +264,7 @@ def test_a_picture_for_papers(here: Path, sweep: Command) -> None:
     pytest.importorskip("matplotlib")
     assert sweep("--png", "--random-control").code == 0
     assert (here / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    (here / "out" / "sweep.png").unlink()
+    (here / "out" / "sweep.png").mkdir()
+    outcome = sweep("--png", "-q")
+    assert (outcome.code, outcome.err) == (1, "taskvec: out/sweep.png: cannot write: Is a directory\n")

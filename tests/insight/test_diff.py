@@ -417,3 +417,94 @@ def test_nothing_is_said_to_be_lost_without_a_record_that_fits(tmp_path: Path) -
     assert tv.diff(tmp_path / "base", out).lost is None  # the files are not those of the record
     (out / "taskvec.json").write_text('{"base": 3, "changes": {}}')
     assert tv.diff(tmp_path / "base", out).lost is None
+
+
+def altered(tmp_path: Path, name: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """A copy of `base`, changed: the same headers."""
+    found = {key: tensor.clone() for key, tensor in tensors(1, torch.bfloat16).items()}
+    change(found)
+    return write_model(tmp_path / name, found, shards=2)
+
+
+def one_and_a_half_times(found: dict[str, torch.Tensor]) -> None:
+    for tensor in found.values():
+        if tensor.is_floating_point():
+            tensor.mul_(1.5)
+
+
+OTHER_BASES: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "1.5 times the base": one_and_a_half_times,
+    "another fine-tune of it": lambda found: found.update(moved(found, 5)),
+    "one kept element": lambda found: found["model.embed.weight"].view(-1)[-1:].add_(1),
+    "one integer, which is copied": lambda found: found["model.position_ids"][-1:].add_(1),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_BASES)
+def test_what_was_lost_is_not_said_of_another_base_with_the_same_headers(change: str, tmp_path: Path) -> None:
+    edited(tmp_path, 0.02)
+    found = tv.diff(altered(tmp_path, "other", OTHER_BASES[change]), tmp_path / "out")
+    assert found.lost is None and found.lost_share is None
+    assert all(tensor.lost is None for tensor in found.tensors)
+    assert tv.diff(tmp_path / "base", tmp_path / "out").lost is not None
+
+
+def test_what_was_lost_is_not_said_of_weights_that_were_written_over(tmp_path: Path) -> None:
+    edited(tmp_path, 0.02)
+    headers = {path.name: opened_header(path) for path in sorted((tmp_path / "out").glob("*.safetensors"))}
+    for path in headers:
+        old = load_file(tmp_path / "out" / path)
+        save_file(moved(old, 9), tmp_path / "out" / path, {"format": "pt"})
+        assert opened_header(tmp_path / "out" / path) == headers[path]  # nothing but the data tells
+    assert tv.diff(tmp_path / "base", tmp_path / "out").lost is None
+
+
+def opened_header(path: Path) -> bytes:
+    content = path.read_bytes()
+    return content[: 8 + int.from_bytes(content[:8], "little")]
+
+
+def test_an_edit_that_changed_every_element_fits_any_two_models_and_is_not_said(tmp_path: Path) -> None:
+    base = {"w": torch.linspace(1, 2, 100)}
+    for name, factor in (("base", 1.0), ("tuned", 3.0), ("other", 1.5)):
+        write_model(tmp_path / name, {"w": base["w"] * factor})
+    tv.subtract(tmp_path / "base", tmp_path / "tuned", alpha=0.3, output=tmp_path / "out", fsync=False)
+    for name in ("other", "base"):
+        assert tv.diff(tmp_path / name, tmp_path / "out").lost is None
+
+
+def test_an_edit_that_changed_some_elements_and_lost_none_is_said_to_have_lost_none(tmp_path: Path) -> None:
+    base = torch.linspace(1, 2, 100)
+    write_model(tmp_path / "base", {"w": base})
+    write_model(tmp_path / "tuned", {"w": torch.where(torch.arange(100) < 30, base * 2, base)})
+    tv.subtract(tmp_path / "base", tmp_path / "tuned", alpha=1, output=tmp_path / "out", fsync=False)
+    found = tv.diff(tmp_path / "base", tmp_path / "out")
+    assert found.lost == 0 and found.lost_share == 0 and found.total.changed == 30
+
+
+def test_an_edit_of_which_all_was_lost_is_said(tmp_path: Path) -> None:
+    write_model(tmp_path / "base", {"w": torch.ones(50, dtype=torch.bfloat16)})
+    write_model(tmp_path / "tuned", {"w": torch.full((50,), 2, dtype=torch.bfloat16)})
+    tv.subtract(tmp_path / "base", tmp_path / "tuned", alpha=1e-4, output=tmp_path / "out", fsync=False)
+    found = tv.diff(tmp_path / "base", tmp_path / "out")
+    assert found.same and found.lost == 50 and found.lost_share == 1
+
+
+@pytest.mark.parametrize("out", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("of", [torch.float32, torch.float64])
+def test_of_another_output_dtype_it_is_said_of_the_base_and_not_of_another_one(
+    of: torch.dtype, out: str, jobs: int, tmp_path: Path
+) -> None:
+    base = {"w": torch.linspace(1.001, 1.9, 1000, dtype=of), "x": torch.linspace(-3, 3, 70, dtype=of).reshape(7, 10)}
+    base["w"][900], base["x"][2, 2], base["x"][3, 3] = math.nan, math.nan, -math.inf
+    rising = torch.cat([torch.zeros(500, dtype=of), torch.logspace(-18, -2, 500, dtype=of)])
+    write_model(tmp_path / "base", base)
+    write_model(tmp_path / "tuned", {"w": base["w"] + rising, "x": base["x"]})
+    write_model(tmp_path / "other", {"w": torch.cat([base["w"][:499] * 1.5, base["w"][499:]]), "x": base["x"]})
+    tv.subtract(tmp_path / "base", tmp_path / "tuned", alpha=1, output=tmp_path / "out", out_dtype=out, fsync=False)
+    kept = load_file(tmp_path / "out" / "model.safetensors")["w"] == base["w"].to(getattr(torch, out))
+    meant = rising.bool() & (base["w"] != base["w"] + rising) & ~base["w"].isnan()
+    found = tv.diff(tmp_path / "base", tmp_path / "out", jobs=jobs)
+    assert found.lost == int((kept & meant).sum())
+    assert (found.lost or 0) > 100 or of != torch.float64
+    assert tv.diff(tmp_path / "other", tmp_path / "out", jobs=jobs).lost is None

@@ -37,6 +37,7 @@ def test_a_pointer_goes_through_lists_and_keys_with_commas() -> None:
     assert number_at(content, "/~01", "here") == 4
     assert number_at(7, "", "here") == 7
     assert math.isnan(number_at({"a": math.nan}, "/a", "here"))
+    assert math.copysign(1, number_at({"a": -0.0}, "/a", "here")) == 1
     assert number_at({"a": 10**400}, "/a", "here") == math.inf
 
 
@@ -134,6 +135,25 @@ def test_a_command_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 def test_a_command_that_cannot_work_is_refused_at_once(line: str, words: str) -> None:
     with pytest.raises(tv.UsageError, match=words):
         Command(line)
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    with pytest.raises(tv.OutputError, match=r"log: cannot write the log there: Is a directory"):
+        Command("true {model} {out}").run(fields(tmp_path), tmp_path / "log", "α = 0.5")
+
+
+@pytest.mark.parametrize("shell", [False, True])
+def test_it_has_the_descriptors_that_are_held_and_no_others(shell: bool, tmp_path: Path) -> None:
+    line = script(
+        tmp_path, "open(sys.argv[1], 'w').write(json.dumps([os.path.realpath(f'/proc/self/fd/{n}') for n in range(30)]))"
+    )
+    found = tmp_path / "found"
+    with open(tmp_path / "held", "w") as held, open(tmp_path / "other", "w"):
+        command = Command(f"{line} {shlex.quote(str(found))} {{model}} {{out}}", shell)
+        command.run(fields(tmp_path), tmp_path / "log", "α = 0.5", (held.fileno(),))
+    paths = json.loads(found.read_text())
+    assert str(tmp_path / "held") in paths and str(tmp_path / "other") not in paths
 
 
 def test_interrupted_it_is_ended_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

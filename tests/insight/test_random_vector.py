@@ -56,6 +56,16 @@ def test_it_is_normal_and_does_not_depend_on_the_size_of_the_pieces(
     assert abs(drawn.mean() / drawn.std()) < 0.1 and abs((standard**4).mean() - 3) < 0.6 and abs((standard**3).mean()) < 0.3
 
 
+def test_nothing_that_is_there_is_replaced_or_removed(vector: tv.TaskVector) -> None:
+    for name in ("random.safetensors", "random.delta.safetensors"):
+        vector.save(name)
+    before = {path: path.read_bytes() for path in Path().rglob("*.safetensors")}
+    with pytest.raises(tv.OutputExistsError, match=r"^random\.safetensors: exists already"):
+        stored = tv.TaskVector.open("random.safetensors")
+        save_random(stored, Path("random.safetensors"), seed=3, base=tv.Checkpoint.open("base"))
+    assert {path: path.read_bytes() for path in Path().rglob("*.safetensors")} == before
+
+
 def test_nothing_is_left_of_one_that_failed(vector: tv.TaskVector, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object, **options: object) -> None:
         raise tv.OutputError("no space left")
