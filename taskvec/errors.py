@@ -22,6 +22,7 @@ The message is for the person: file, tensor, found, expected. `hint` says what t
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 
@@ -44,7 +45,8 @@ __all__ = [
     "VerificationError",
 ]
 
-EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_MISMATCH, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 3, 130, 143
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_MISMATCH = 0, 1, 2, 3
+EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED = 129, 130, 143  # 128 + SIGHUP, SIGINT, SIGTERM
 
 
 class TaskvecError(Exception):
@@ -122,12 +124,17 @@ class VerificationError(TaskvecError):
 
 
 def show(name: object, limit: int = 200) -> str:
-    """`name` with every control, bidi and unprintable character escaped: names come from files and end in a terminal."""
+    """`name` with every control, bidi and unprintable character escaped: names come from files and end in a terminal. What
+    is a token of the Hub, or a user and password in an address, is left out."""
     text = "".join(
         c if c.isprintable() and unicodedata.bidirectional(c) not in _BIDI_CONTROLS else ascii(c)[1:-1]
-        for c in _shortened(str(name), limit)
+        for c in _shortened(_without_secrets(str(name)), limit)
     )
     return _shortened(text, limit)
+
+
+def _without_secrets(text: str) -> str:
+    return _SECRETS.sub(lambda found: f"{found[1] or ''}…", text) if "://" in text or "hf_" in text else text
 
 
 def _shortened(text: str, limit: int) -> str:
@@ -135,6 +142,7 @@ def _shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit // 2] + "…" + text[len(text) - limit + limit // 2 :]
 
 
+_SECRETS = re.compile(r"((?<!\bhf)://|://(?=[^/@\s]*:))[^/@\s]+(?=@)|hf_[A-Za-z0-9]{30,}")  # hf://name@revision has none
 _BIDI_CONTROLS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
 
 

@@ -46,6 +46,7 @@ def test_every_exit_code_is_the_one_that_is_drawn_or_inherited() -> None:
 def test_the_exit_codes_are_those_the_manual_promises() -> None:
     assert (errors.EXIT_OK, errors.EXIT_ERROR, errors.EXIT_USAGE, errors.EXIT_MISMATCH) == (0, 1, 2, 3)
     assert (errors.EXIT_INTERRUPTED, errors.EXIT_TERMINATED) == (128 + 2, 128 + 15)  # SIGINT, SIGTERM
+    assert errors.EXIT_HUNG_UP == 128 + 1  # SIGHUP
 
 
 @pytest.mark.parametrize("name", errors.__all__)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..errors import CheckpointError, QuantizedError, listing, show
 from .files import FileIdentity, InputFiles, exists, remote_above
 from .header import DTYPE_BITS, Header, StoredTensor, read_header
-from .locate import Location, locate, on_hub, read_json
+from .locate import LARGEST_CONFIG, Location, locate, on_hub, read_json
 
 _COMPARED = 1 << 20  # bytes, or elements, per read when two stored tensors are compared
 _QUANTIZED_SUFFIXES = (
@@ -92,7 +92,7 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """`config.json` of the folder; empty when there is none."""
         path = self.folder / "config.json" if self.folder else None
-        return read_json(path) if path and exists(path) else {}
+        return read_json(path, LARGEST_CONFIG) if path and exists(path) else {}
 
     @property
     def hub(self) -> HubPlace | None:

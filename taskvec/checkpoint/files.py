@@ -1,11 +1,10 @@
-"""Every system call taskvec makes on file contents, in one place: short reads and writes, EINTR and Linux's cap of
+"""Everything taskvec does with files, in one place above the system calls: short reads and writes, EINTR and Linux's cap of
 2 GiB per call are handled here and nowhere else. Reads are `pread`, never mmap: a file truncated under the run is an
 error here, not a SIGBUS.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -14,15 +13,15 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ..errors import CheckpointError, OutputError, SourceChangedError, TaskvecError, show
+from . import system
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h: start, do not wait
-_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _BLOCK = 4096  # bytes; what file systems share when they share
 _FICLONERANGE = 0x4020940D  # linux/fs.h
 _LARGEST_CALL = 1 << 30  # bytes; Linux moves at most 0x7ffff000 per call
@@ -132,13 +131,30 @@ def open_input(path: Path) -> int:
     """A read-only descriptor of a regular file. O_NONBLOCK so that a FIFO cannot hang the open; it is refused after."""
     fetch([path])
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd: int = system.again(system.calls.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise os_failure(error, path, "cannot open") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise CheckpointError(f"{show(path)}: not a regular file", hint="Name a .safetensors file or a model folder")
+    try:
+        if not stat.S_ISREG(_status(fd, path).st_mode):
+            raise CheckpointError(f"{show(path)}: not a regular file", hint="Name a .safetensors file or a model folder")
+    except CheckpointError:
+        close_input(fd)
+        raise
     return fd
+
+
+def close_input(fd: int) -> None:
+    """What was read was read: nothing that goes wrong here matters."""
+    with suppress(OSError):
+        system.calls.close(fd)
+
+
+def _status(fd: int, path: Path) -> os.stat_result:
+    try:
+        status: os.stat_result = system.again(system.calls.fstat, fd)
+        return status
+    except OSError as error:
+        raise os_failure(error, path, "cannot read") from error
 
 
 def os_failure(error: OSError, path: object, what: str, kind: type[TaskvecError] = CheckpointError) -> TaskvecError:
@@ -148,8 +164,8 @@ def os_failure(error: OSError, path: object, what: str, kind: type[TaskvecError]
     return kind(f"{show(path)}: {what}: {words}", hint=hint)
 
 
-def identity(fd: int) -> FileIdentity:
-    status = os.fstat(fd)
+def identity(fd: int, path: Path) -> FileIdentity:
+    status = _status(fd, path)
     return FileIdentity(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
@@ -158,11 +174,11 @@ def read_exact(fd: int, buffer: memoryview, offset: int, *, path: Path, tensor: 
     at, name = 0, f": tensor {show(tensor)}" if tensor else ""
     while at < len(buffer):
         try:
-            got = os.preadv(fd, [buffer[at : at + _LARGEST_CALL]], offset + at)
+            got = system.again(system.calls.preadv, fd, [buffer[at : at + _LARGEST_CALL]], offset + at)
         except OSError as error:
             raise os_failure(error, path, f"cannot read{name}") from error
         if got == 0:
-            end = min(offset + at, os.fstat(fd).st_size)
+            end = min(offset + at, _status(fd, path).st_size)
             raise SourceChangedError(
                 f"{show(path)}{name}: the file ends at byte {end}, expected bytes up to {offset + len(buffer)}",
                 hint="It was truncated after it was opened; restore it and run again",
@@ -176,23 +192,43 @@ def read_bytes(path: Path, limit: int) -> bytes:
         raise CheckpointError(f"{show(path)}: {size_of(path)} bytes, expected at most {limit}")
     fd = open_input(path)
     try:
-        size = os.fstat(fd).st_size
+        size = _status(fd, path).st_size
         if size > limit:
             raise CheckpointError(f"{show(path)}: {size} bytes, expected at most {limit}")
         content = bytearray(size)
         read_exact(fd, memoryview(content), 0, path=path)
         return bytes(content)
     finally:
-        os.close(fd)
+        close_input(fd)
 
 
 def create_output(path: Path) -> int:
     """A new file, never an existing one or a link; its mode follows the umask."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        return os.open(path, flags, 0o666)
+        fd: int = system.again(system.calls.open, path, flags, 0o666)
+        return fd
     except OSError as error:
         raise os_failure(error, path, "cannot create", OutputError) from error
+
+
+def open_to_change(path: Path) -> int:
+    """A file of our own that is there, no link."""
+    try:
+        fd: int = system.again(system.calls.open, path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return fd
+    except OSError as error:
+        raise os_failure(error, path, "cannot open", OutputError) from error
+
+
+def close_output(fd: int, *, path: Path) -> None:
+    """Some network file systems say only here that they could not keep what was written."""
+    try:
+        system.calls.close(fd)
+    except InterruptedError:  # Linux has closed it
+        return
+    except OSError as error:
+        raise os_failure(error, path, "cannot write", OutputError) from error
 
 
 def write_all(fd: int, data: memoryview, offset: int, *, path: Path) -> None:
@@ -200,7 +236,7 @@ def write_all(fd: int, data: memoryview, offset: int, *, path: Path) -> None:
     at = 0
     while at < len(data):
         try:
-            at += os.pwrite(fd, data[at : at + _LARGEST_CALL], offset + at)
+            at += system.again(system.calls.pwrite, fd, data[at : at + _LARGEST_CALL], offset + at)
         except OSError as error:
             raise os_failure(error, path, "cannot write", OutputError) from error
 
@@ -223,28 +259,27 @@ def share_range(source: int, target: int, start: int, offset: int, nbytes: int) 
 
 
 def reserve(fd: int, size: int, *, path: Path) -> None:
-    """Reserve `size` bytes now, so that a full disk is found before the work and not after it.
-
-    The system call itself, not posix_fallocate: where a file system cannot reserve, that one writes every block.
-    """
-    if size == 0 or not hasattr(_LIBC, "fallocate"):
+    """Reserve `size` bytes now, so that a full disk is found before the work and not after it. Where a file system cannot
+    reserve, nothing is: writing will tell."""
+    if size == 0:
         return
-    if _LIBC.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
-        number = ctypes.get_errno()
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise os_failure(OSError(number, os.strerror(number)), path, f"cannot reserve {size} bytes", OutputError)
+    try:
+        system.again(system.calls.fallocate, fd, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise os_failure(error, path, f"cannot reserve {size} bytes", OutputError) from error
 
 
 def start_flush(fd: int, offset: int, nbytes: int) -> None:
     """Let the system begin to write this range to disk while the run goes on; the flush at the end then has less to wait for.
-    A hint: where it is not known, `sync` does it all."""
-    if hasattr(_LIBC, "sync_file_range"):
-        _LIBC.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
+    A hint: where it is not known or fails, `sync` does it all, and tells."""
+    with suppress(OSError):
+        system.calls.sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
 
-def sync(fd: int, *, path: Path) -> None:
+def sync(fd: int, *, path: Path | str) -> None:
     try:
-        os.fsync(fd)
+        system.again(system.calls.fsync, fd)
     except OSError as error:
         raise os_failure(error, path, "cannot flush to disk", OutputError) from error
 
@@ -255,41 +290,57 @@ def rename_new(source: Path, target: Path) -> None:
         return
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    os.rename(source, target)
+    system.again(system.calls.rename, source, target)
 
 
-def rename_exchange(source: Path, target: Path) -> None:
-    """Swap two names in one step; where the system cannot, in two, the old one aside first and back if that fails."""
+def rename_exchange(source: Path, target: Path, aside: Path) -> Path:
+    """Give `source` the name `target`, and return the name that what was there has now: in one step `source`, or where the
+    system cannot do that, in two, `aside`. If the second fails it is brought back; killed between them, it is there.
+    """
     if _rename_flags(source, target, _RENAME_EXCHANGE):
-        return
-    aside = source.with_name(source.name + ".old")
-    os.rename(target, aside)
+        return source
+    system.again(system.calls.rename, target, aside)
     try:
-        os.rename(source, target)
+        system.again(system.calls.rename, source, target)
     except OSError:
-        os.rename(aside, target)
+        system.again(system.calls.rename, aside, target)
         raise
-    os.rename(aside, source)
+    return aside
 
 
 def _rename_flags(source: Path, target: Path, flags: int) -> bool:
     """renameat2; False where the system or the file system does not know the flags."""
-    if not hasattr(_LIBC, "renameat2"):
-        return False
-    if _LIBC.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(number, os.strerror(number), str(target))
-
-
-def sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        sync(fd, path=path)
+        system.again(system.calls.renameat2, source, target, flags)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+            return False
+        raise
+    return True
+
+
+def sync_folder(path: Path, *, named: Path | str | None = None) -> None:
+    """The names in it. `named`: what messages say, if not the path."""
+    try:
+        fd = system.again(system.calls.open, path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise os_failure(error, named or path, "cannot flush to disk", OutputError) from error
+    try:
+        sync(fd, path=named or path)
     finally:
-        os.close(fd)
+        close_input(fd)
+
+
+def lock(fd: int) -> bool | None:
+    """Take the file for this process until it closes it or ends, however it ends. False: another one has it; None: this file
+    system has no locks."""
+    try:
+        system.again(system.calls.flock, fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 class InputFiles:
@@ -337,7 +388,7 @@ class InputFiles:
     def close(self) -> None:
         with self._lock:
             while self._open:
-                os.close(self._open.popitem()[1])
+                close_input(self._open.popitem()[1])
 
     def _acquire(self, path: Path) -> int:
         with self._lock:
@@ -354,8 +405,8 @@ class InputFiles:
         fd = open_input(path)
         try:
             self._check(path, fd)
-        except SourceChangedError:
-            os.close(fd)
+        except CheckpointError:
+            close_input(fd)
             raise
         return fd
 
@@ -363,10 +414,10 @@ class InputFiles:
         for path in [p for p in self._open if not self._users.get(p)]:
             if len(self._open) < _MOST_OPEN:
                 return
-            os.close(self._open.pop(path))
+            close_input(self._open.pop(path))
 
     def _check(self, path: Path, fd: int) -> None:
-        found, expected = identity(fd), self._expected.get(path)
+        found, expected = identity(fd, path), self._expected.get(path)
         if expected is not None and expected.inode == 0:
             expected = found._replace(size=expected.size)
         if expected is not None and found != expected:

@@ -1,7 +1,7 @@
 """The files of a model folder that are not weights: which come along to the output, and how config.json changes.
 
 Rule: everything comes along except a deny list, so that a file this version has never heard of is not lost. Never: dot
-files, pickles, links that lead out of the model, weights of other frameworks, training state.
+files, pickles, links that lead out of the model, weights of other frameworks, training state. (Which Python files: code.py.)
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, MismatchError, listing, show
@@ -30,6 +30,8 @@ _DENIED_NAMES = re.compile(
     r"^(README\.md|params\.json|consolidated.*|adapter_.*|optimizer.*|scheduler\.pt|rng_state.*|scaler.*"
     r"|trainer_state\.json|training_args\..*|zero_to_fp32\.py|latest|events\.out\.tfevents.*|taskvec\.json)$"
 )
+_PLACED = {"config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}  # where what saved it was loaded from
+_LARGEST_PLACED = 16 << 20  # bytes
 _LARGEST_MODULES = 1 << 20  # bytes; a pipeline has a handful of modules
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -81,6 +83,7 @@ def side_files(checkpoint: Checkpoint, out_dtype: str | None, changes: Mapping[s
         notes.append(f"not copied, being other weights, training state or the like: {listing(sorted(left))}")
     if out_dtype is not None or changes:
         found = [_changed_config(f, out_dtype, changes) if f.name == "config.json" else f for f in found]
+    found = [_without_place(file, notes) if file.name in _PLACED else file for file in found]
     return found, notes
 
 
@@ -135,6 +138,38 @@ def _changed_config(file: SideFile, out_dtype: str | None, changes: Mapping[str,
         _set_dtype(config, _TORCH_NAMES[out_dtype])
     for part in (config, *(v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict))):
         part.update({key: value for key, value in changes.items() if part is config or key in part})
+    return _with_content(file, config)
+
+
+def _without_place(file: SideFile, notes: list[str]) -> SideFile:
+    """Of an absolute path on the machine that saved the file only the last part: loaders set it anew."""
+    key = _PLACED[file.name]
+    try:
+        content = json.loads(file.content or read_bytes(file.source, _LARGEST_PLACED))
+        placed = [part for part in _parts(content) if _is_place(part.get(key))]
+        for part in placed:
+            part[key] = PureWindowsPath(part[key]).name
+        changed = _with_content(file, content) if placed else file
+    except (CheckpointError, ValueError, AttributeError, RecursionError):  # not ours to judge: copied as it is
+        return file
+    if placed:
+        notes.append(f"{show(file.name)}: of its {key}, an absolute path, only the last part is kept")
+    return changed
+
+
+def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A config and those nested in it."""
+    nested = (v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict))
+    return [config, *(part for found in nested for part in _parts(found))]
+
+
+def _is_place(name: object) -> bool:
+    return isinstance(name, str) and (
+        PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name[:2] == "~/"
+    )
+
+
+def _with_content(file: SideFile, config: dict[str, Any]) -> SideFile:
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     content = text.encode(errors="backslashreplace")  # a lone surrogate is written as its JSON escape again
     return file._replace(content=content, nbytes=len(content))

@@ -8,14 +8,13 @@ leading blanks, unknown fields), this parser follows the text: what is accepted 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ..errors import HeaderError, show
-from .files import FileIdentity, absent, identity, open_input, read_exact
+from .files import FileIdentity, absent, close_input, identity, open_input, read_exact
 
 # dtype name in the file -> bits per element; the 22 dtypes of safetensors 0.8
 DTYPE_BITS = {
@@ -69,9 +68,9 @@ def read_header(path: Path) -> Header:
         return _read(path, FileIdentity(size, 0, 0), lambda buffer, offset: remote[0].read(remote[1], buffer, offset))
     fd = open_input(path)
     try:
-        return _read(path, identity(fd), lambda buffer, offset: read_exact(fd, buffer, offset, path=path))
+        return _read(path, identity(fd, path), lambda buffer, offset: read_exact(fd, buffer, offset, path=path))
     finally:
-        os.close(fd)
+        close_input(fd)
 
 
 def _read(path: Path, file: FileIdentity, read: Callable[[memoryview, int], None]) -> Header:

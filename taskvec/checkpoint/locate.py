@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -27,7 +28,9 @@ _FACTORS = re.compile(  # what adapters of kohya, LyCORIS, diffusers and PEFT ar
     r"|(lora|lora_linear_layer|to_(q|k|v|out)_lora)\.(down|up)\.weight|hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?"
     r"|oft_(blocks|diag)|glora_[ab][12]\.weight)$"
 )
+LARGEST_CONFIG = 32 << 20  # bytes; a config has a few kB, an adapter's with a rank for every expert about 1 MB
 _LARGEST_JSON = 256 << 20  # bytes; the index of a model with a million tensors is about 100 MB
+_DEEPEST_JSON = 100  # objects and lists in each other; far less than what makes Python's own functions fail
 
 
 class Location(NamedTuple):
@@ -131,15 +134,35 @@ def on_hub(source: str | os.PathLike[str], revision: str | None, token: str | No
     return open_repository(typed, revision=revision, token=token)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError naming the file otherwise."""
+def read_json(path: Path, limit: int = _LARGEST_JSON) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes. Raises CheckpointError naming the file otherwise."""
     try:
-        content = json.loads(read_bytes(path, _LARGEST_JSON).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(read_bytes(path, limit).decode("utf-8"))
+    except ValueError as error:
         raise CheckpointError(f"{show(path)}: not JSON ({show(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{show(path)}: found a JSON {type(content).__name__}, expected an object")
     return content
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text holds. Raises ValueError when it is not JSON, or nests so deeply that walking it could fail."""
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nests too deeply") from error
+    level = [content]
+    for _ in range(_DEEPEST_JSON):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return content
+    raise ValueError(f"nests more than {_DEEPEST_JSON} deep")
+
+
+def _inside(content: Any) -> Iterable[Any]:
+    if isinstance(content, dict):
+        return content.values()
+    return content if isinstance(content, list) else ()
 
 
 def _refuse_pickle(path: Path) -> None:

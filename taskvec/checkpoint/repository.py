@@ -84,7 +84,8 @@ def parse(source: str, revision: str | None = None) -> Named:
     from huggingface_hub import constants, parse_hf_uri
 
     id, at, bare = source.partition("@") if "://" not in source else ("", "", "")
-    if "://" in source and "@" in source.partition("://")[2].partition("/")[0] and not source.startswith("hf://"):
+    user, at_host, _ = source.partition("://")[2].partition("/")[0].rpartition("@")
+    if at_host and (":" in user or not source.startswith("hf://")):
         raise UsageError("an address with a user or password in it", hint="Leave it out; log in with `hf auth login`")
     with talking_about(source, "read it"):
         uri = parse_hf_uri(source if "://" in source else f"hf://{id}", endpoint=constants.ENDPOINT)

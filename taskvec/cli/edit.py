@@ -66,6 +66,7 @@ def _options(command: Command) -> Command:
             click.option("--max-shard-size", metavar="SIZE", help="Like 5GB; base's shard map if not given."),
             click.option("--include", multiple=True, metavar="GLOB", help="Edit only these tensors (repeatable)."),
             click.option("--exclude", multiple=True, metavar="GLOB", help="Copy these tensors unchanged (repeatable)."),
+            click.option("--no-code", is_flag=True, help="Leave out the Python files that came with MODEL."),
             click.option("--overwrite", is_flag=True, help="Replace an output that taskvec made, in one step."),
             click.option("-j", "--jobs", type=int, metavar="N", help="Threads; one per processor, at most 8."),
             click.option("--memory", metavar="SIZE", help="Cap on the run's buffers, like 64MB: fewer threads fit."),
@@ -166,11 +167,12 @@ def _run(
     *, model: str, old: str, sign: float, alpha: float, base: str | None, output: str | None, dry_run: bool, as_json: bool,
     quiet: bool, verbose: bool, no_fsync: bool, device: str, jobs: int | None, memory: str | None, overwrite: bool,
     sha256: bool, alpha_for: tuple[str, ...], alpha_layers: str | None, mask: str | None, force_base: bool,
-    revision: str | None, push: str | None, private: bool, card: str | None, **options: Any,
+    revision: str | None, push: str | None, private: bool, card: str | None, no_code: bool, **options: Any,
 ) -> None:  # fmt: skip
     if quiet and verbose:
         raise UsageError("--quiet and --verbose exclude each other")
     output = _output(output, push, private, card)
+    options["code"] = not no_code
     edited = edited_checkpoint(on_hub(model, revision, None), old, 1.0, base, force_base=force_base)
     edited = replace(edited, vector=sign * weighted(edited.vector, alpha, alpha_for, alpha_layers, mask))
     if dry_run:

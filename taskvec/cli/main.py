@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 from .._version import __version__
-from ..errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE, TaskvecError, UsageError, show
+from ..errors import EXIT_ERROR, EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE, TaskvecError, UsageError, show
 
 _COMMANDS = {  # verb -> module, attribute, what it does; a module is imported when its verb is used
     "subtract": ("edit", "subtract", "MODEL − α·(OLD − MODEL): take away what OLD learned."),
@@ -27,10 +29,11 @@ _COMMANDS = {  # verb -> module, attribute, what it does; a module is imported w
     "verify": ("verify", "verify", "Check an output: checksums, values, arithmetic."),
     "push": ("push", "push", "Push an output to the Hub, in one commit."),
 }
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Terminated(BaseException):
-    """SIGTERM, raised in the main thread so that the run cleans up as it does for Ctrl-C."""
+    """SIGTERM or SIGHUP, raised in the main thread so that the run cleans up as it does for Ctrl-C. Holds the exit code."""
 
 
 class Verbs(click.Group):
@@ -75,11 +78,15 @@ def main() -> NoReturn:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the run has its own threads; a pool of BLAS only costs start-up
     gc.set_threshold(100_000)  # plans are many small objects without cycles: do not look for some
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's
+        signal.signal(signal.SIGHUP, _terminate)
     code = _run()
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
+    except OSError as error:
+        code = _unprinted(error)
     sys.exit(code)
 
 
@@ -120,29 +127,54 @@ def _run() -> int:
             hint,
             EXIT_USAGE if usage else EXIT_ERROR,
         )
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("Interrupted", "interrupted; no half-made output is left", None, EXIT_INTERRUPTED)
-    except Terminated:
-        return _fail("Terminated", "terminated; no half-made output is left", None, EXIT_TERMINATED)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        return _fail("Interrupted", f"interrupted; {_what_is_left(stop)}", None, EXIT_INTERRUPTED)
+    except Terminated as stop:
+        return _fail("Terminated", f"terminated; {_what_is_left(stop)}", None, stop.args[0])
     except BrokenPipeError:
         return EXIT_ERROR
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.filename is None and error.errno in _FULL:
+            return _unprinted(error)  # errors of files are named: this is from printing
         what = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
         return _fail(type(error).__name__, show(what, 2000), "Set TASKVEC_DEBUG=1 to see where", EXIT_ERROR)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+    if number == signal.SIGHUP:
+        signal.signal(number, signal.SIG_IGN)  # it often comes twice, from the terminal and from the shell
+    raise Terminated(EXIT_HUNG_UP if number == signal.SIGHUP else EXIT_TERMINATED)
+
+
+def _what_is_left(stop: BaseException) -> str:
+    """Finished files, if a run was far enough to have some; a click.Abort stands for the KeyboardInterrupt before it."""
+    return str(getattr(stop, "kept", getattr(stop.__context__, "kept", "no half-made output is left")))
 
 
 def _fail(kind: str, message: str, hint: str | None, code: int) -> int:
     """One line on stderr, and with --json one object on stdout."""
     click.echo(f"taskvec: {message}" + (f". {hint}" if hint else ""), err=True)
     if "--json" in sys.argv:
-        print_json({"ok": False, "error": {"type": kind, "message": message, "hint": hint}, "exit_code": code})
+        try:
+            print_json({"ok": False, "error": {"type": kind, "message": message, "hint": hint}, "exit_code": code})
+        except OSError:  # what failed was said on stderr
+            _silence()
     return code
+
+
+def _unprinted(error: OSError) -> int:
+    """What could not be printed is given up, in one line on stderr."""
+    _silence()
+    click.echo(f"taskvec: stdout: {error.strerror}. Free space, or send what is printed elsewhere", err=True)
+    return EXIT_ERROR
+
+
+def _silence() -> None:
+    """Let Python's last flush of stdout go nowhere: it would fail again, with lines of its own."""
+    with suppress(OSError):  # it may be no file at all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -93,12 +93,16 @@ def print_report(report: Report, *, verbose: bool) -> None:
     for name, value in rows:
         click.echo(f"  {name:<17} {value}")
     click.echo(f"  {'output':<17} {show(report.output_name)}")
+    if str(report.plan.code):
+        click.echo(f"  {'code':<17} {report.plan.code}")
     if verbose:
         for job in report.plan.jobs:
             counts = report.tensors.get(job.name)
             if counts:
                 click.echo(f"    {show(job.name)}: " + ", ".join(f"{k} {v:,}" for k, v in counts.items()))
         _print_losses(report)
+    for note in report.notes:
+        click.echo(f"note: {note}", err=True)
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
 

@@ -13,14 +13,15 @@ from .main import TOKEN, print_json
 @click.argument("output")
 @click.option("--against", multiple=True, metavar="PATH", help="Where an input lies now, here or on the Hub (repeatable).")
 @TOKEN
-@click.option("--sample", type=click.IntRange(min=0), default=3, show_default=True, help="Tensors to compute again.")
+@click.option("--sample", type=click.IntRange(min=0), metavar="N", help="Edited tensors to compute again; 3 if not given.")
+@click.option("--full", is_flag=True, help="Compute all of them again, and compare all copied ones with the base.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def verify(output: str, against: tuple[str, ...], sample: int, as_json: bool) -> int:
-    """Check OUTPUT, made by taskvec: structure, checksums, values, and a few tensors computed again from the inputs.
+def verify(output: str, against: tuple[str, ...], sample: int | None, full: bool, as_json: bool) -> int:
+    """Check OUTPUT, made by taskvec: structure, checksums, values, side files, and tensors computed again from the inputs.
 
     Exit code 3 when something differs.
     """
-    found = verify_output(output, against=against, sample=sample)
+    found = verify_output(output, against=against, sample=sample, full=full)
     if as_json:
         print_json({"ok": found.ok, "checks": found.checks, "problems": found.problems, "skipped": found.skipped})
     else:

@@ -5,13 +5,13 @@ Any loader of safetensors reads it; `metadata["taskvec"]` is JSON that says what
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.locate import parse_json
 from ..errors import CheckpointError, MismatchError, NameMismatchError, ShapeMismatchError, counted, listing, show
 from .source import FLOATS, Resolved, ScaledDelta
 
@@ -111,8 +111,8 @@ def told(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if not said:
         return None
     try:
-        content = json.loads(said[0])
-    except (ValueError, RecursionError):
+        content = parse_json(said[0])
+    except ValueError:
         content = None
     if not isinstance(content, dict) or content.get("kind", KIND) != KIND or len(set(said)) > 1:
         raise CheckpointError(

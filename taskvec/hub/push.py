@@ -7,7 +7,6 @@ makes them and the small files appear. An interrupted push that is run again sen
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -21,7 +20,8 @@ from ..checkpoint.repository import forget, parse
 from ..errors import HubError, OutputError, UsageError, VerificationError, counted, listing, show
 from ..run.edited import EditedCheckpoint, when_pushed
 from ..run.output import RECORD
-from ..run.verify import verify
+from ..run.record import SEAL, as_json, index_name, sealed
+from ..run.verify import verify_listed
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -163,9 +163,8 @@ def _manifest(folder: Path) -> list[str]:
         )
     record = read_json(folder / RECORD)
     weights = [str(shard.get("name")) for shard in record.get("shards") or [] if isinstance(shard, dict)]
-    stem = weights[0].partition("-00001-of-")[0] if len(weights) > 1 else ""
-    indexes = [f"{stem}.safetensors.index.json"] if stem else []
-    listed = [*weights, *indexes, *map(str, record.get("side_files") or []), RECORD]
+    index = index_name(record)
+    listed = [*weights, *([index] if index else []), *map(str, record.get("side_files") or []), RECORD]
     listed += [_CARD] if (folder / _CARD).is_file() else []
     home = folder.resolve()
     for name in listed:
@@ -178,7 +177,7 @@ def _manifest(folder: Path) -> list[str]:
 
 
 def _check(folder: Path) -> None:
-    found = verify(folder, sample=0)
+    found = verify_listed(folder)
     if not found.ok:
         raise VerificationError(f"{show(folder)}: not pushed: {found.problems[0]}", hint="Make the output again")
 
@@ -186,7 +185,7 @@ def _check(folder: Path) -> None:
 def _content(folder: Path, name: str, card: str | None) -> Path | bytes:
     """A file as it goes up: as it is, but for places of this machine in the record, and the body of the card."""
     if name == RECORD:
-        return (json.dumps(_without_places(read_json(folder / RECORD)), indent=2, ensure_ascii=False) + "\n").encode()
+        return as_json(_resealed(_without_places(read_json(folder / RECORD))))
     if name == _CARD and card is not None:
         text = (folder / _CARD).read_text("utf-8", "replace")
         own = card.lstrip("\ufeff\r\n ").startswith("---")
@@ -202,6 +201,10 @@ def _without_places(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _without_places(value) for key, value in content.items() if key != "from_output"}
     return [_without_places(value) for value in content] if isinstance(content, list) else content
+
+
+def _resealed(record: dict[str, Any]) -> dict[str, Any]:
+    return sealed(record) if SEAL in record else record
 
 
 def _commit(

@@ -101,6 +101,7 @@ def _body(plan: Plan, result: RunResult) -> Iterable[str]:
     yield f"- changes lost to rounding: {did['elements_lost_to_rounding']}, overflows: {did['elements_overflowed']}"
     yield ""
     yield from _kinds(plan, result)
+    yield from _code(plan)
     yield from ("## Made from", "", "| input | revision | file | bytes | SHA-256 of its header |", "|---|---|---|---|---|")
     for checkpoint in _inputs(plan):
         for shard in checkpoint.shards:
@@ -110,6 +111,21 @@ def _body(plan: Plan, result: RunResult) -> Iterable[str]:
     yield from ("", "## Make it again", "", *_command(plan), "")
     yield "`taskvec.json` holds the recipe, every input by size and header digest, and a checksum of every weight file:"
     yield "`taskvec verify` checks them."
+
+
+def _code(plan: Plan) -> Iterable[str]:
+    """What a person should know before loading it."""
+    if plan.code.files:
+        yield from (
+            "## Code",
+            "",
+            f"This folder holds code of {show(plan.base.label)}, byte for byte; taskvec ran none of it:",
+            "",
+        )
+        yield from (f"- `{show(name)}`" for name in plan.code.files)
+        yield from ("", "Loading with `trust_remote_code=True` runs it: read it first.", "")
+    elif plan.code.left:
+        yield from ("## Code", "", f"Code of {show(plan.base.label)} was {plan.code}.", "")
 
 
 def _kinds(plan: Plan, result: RunResult) -> Iterable[str]:
@@ -144,6 +160,7 @@ def _command(plan: Plan) -> list[str]:
     words += ["--max-shard-size", str(options.max_shard_size)] if options.max_shard_size is not None else []
     words += [word for pattern in options.include for word in ("--include", pattern)]
     words += [word for pattern in options.exclude for word in ("--exclude", pattern)]
+    words += [] if options.code else ["--no-code"]
     return [f"    {show(shlex.join([*words, '-o', 'edited']), 4000)}"]
 
 

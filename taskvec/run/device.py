@@ -12,7 +12,7 @@ from ..errors import TaskvecError, UsageError, show
 from .jobs import TILE_BYTES
 from .kernel import ReadStored
 from .native import cpu_kernel
-from .stream import Kernel
+from .worker import Kernel
 
 GPU_BATCH = 16 << 20  # bytes of output per trip to the GPU: launches and the interpreter then cost nothing against copies
 _GPU_WORKERS = 8  # each with its own stream: while one reads, others copy in, compute, copy out and write

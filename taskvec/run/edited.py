@@ -17,7 +17,7 @@ from ..delta.vector import TaskVector, finite, when_added
 from ..errors import UsageError, counted, listing, show
 from .inputs import check_factors, download
 from .jobs import Job
-from .output import RECORD, Staging, Target, check_space, check_target
+from .output import RECORD, Target, check_space, check_target
 from .plan import Options, Plan, human_bytes, make_plan, parse_bytes
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def when_pushed(push: Callable[..., Any]) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. `changes`: totals in tensors and elements (keys as in taskvec.json); sizes in bytes."""
+    """What a run did. `changes`: totals in tensors and elements (keys as in taskvec.json); sizes in bytes; `notes`: of what
+    an interrupted run had left."""
 
     output: Path
     output_name: str
@@ -50,6 +51,7 @@ class Report:
     bytes_written: int
     seconds: float
     device: str
+    notes: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> list[str]:
@@ -88,7 +90,9 @@ class Report:
             "bytes_written": self.bytes_written,
             "seconds": round(self.seconds, 3),
             "device": self.device,
-            "notes": list(self.plan.notes),
+            "code": list(self.plan.code.files),
+            "code_left_out": list(self.plan.code.left),
+            "notes": [*self.plan.notes, *self.notes],
             "warnings": self.warnings,
         }
 
@@ -115,13 +119,14 @@ class EditedCheckpoint:
         exclude: Sequence[str] = (),
         output: PathLike | None = None,
         overwrite: bool = False,
+        code: bool = True,
     ) -> Plan:
         """What `save` with the same options would do, decided from headers alone. `print` it for a dry run.
 
         Raises UsageError for options that make no sense, MismatchError when base and vector do not fit, and with
         `output` also OutputError when it cannot be made there.
         """
-        options = Options(out_dtype, max_shard_size, names(include), names(exclude))
+        options = Options(out_dtype, max_shard_size, names(include), names(exclude), code)
         target = None if output is None else Target.of(output)
         if target is not None:
             check_target(target, self._inputs(), overwrite)
@@ -145,6 +150,7 @@ class EditedCheckpoint:
         memory: int | str | None = None,
         fsync: bool = True,
         sha256: bool = False,
+        code: bool = True,
         progress: Callable[[int], None] = lambda written: None,
         shard_done: Callable[[ShardResult], None] = lambda result: None,
         planned: Callable[[Plan], None] = lambda plan: None,
@@ -163,6 +169,7 @@ class EditedCheckpoint:
             jobs: threads, by default one per processor this process may use (at most 8).
             memory: cap on the buffers of all threads together, in bytes or text like 64MB; fewer threads then run.
             fsync: flush everything to disk before saying success. `sha256`: record the SHA-256 of every weight file.
+            code: copy the Python files that the model's configs name, as bytes; False leaves them out.
             progress, shard_done, planned: called in this thread with bytes written, each finished file, the plan.
 
         Raises UsageError, MismatchError, CheckpointError or OutputError, each naming the file; then nothing was made.
@@ -171,7 +178,7 @@ class EditedCheckpoint:
         target = Target.of(output)
         plan = self.plan(
             out_dtype=out_dtype, max_shard_size=max_shard_size, include=include, exclude=exclude, output=output,
-            overwrite=overwrite,
+            overwrite=overwrite, code=code,
         )  # fmt: skip
         from . import record, stream
         from .device import open_device
@@ -191,7 +198,7 @@ class EditedCheckpoint:
             progress=progress,
             shard_done=shard_done,
         )
-        result = _write(plan, target, settings, overwrite)
+        result = _write(plan, target, settings, where.name, overwrite)
         seconds = time.perf_counter() - started
         return Report(
             output=target.path,
@@ -203,6 +210,7 @@ class EditedCheckpoint:
             bytes_written=plan.bytes_to_write,
             seconds=seconds,
             device=where.name,
+            notes=tuple(result.notes),
         )
 
     def tensors(self, *, device: str = "cpu", **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -241,13 +249,17 @@ def names(patterns: str | Sequence[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _write(plan: Plan, target: Target, settings: Settings, overwrite: bool) -> RunResult:
+def _write(plan: Plan, target: Target, settings: Settings, device: str, overwrite: bool) -> RunResult:
     """Everything of the output into a staging folder, weights first, its record last; then the one rename."""
     from . import record, stream
     from .card import card
+    from .journal import identify
+    from .staging import Staging
 
-    with Staging(target, fsync=settings.fsync) as staging:
-        result = stream.execute(plan, staging.path, settings)
+    identity = identify(plan, device, sha256=settings.sha256)
+    with Staging(target, fsync=settings.fsync, run=(plan, identity)) as staging:
+        result = stream.execute(plan, staging.path, settings, staging.journal)
+        result.notes += staging.notes
         if not target.single_file:
             for file in plan.side:
                 staging.copy(file)
@@ -255,7 +267,7 @@ def _write(plan: Plan, target: Target, settings: Settings, overwrite: bool) -> R
                 stem = plan.shards[0].name.split("-00001-")[0]
                 staging.write(f"{stem}.safetensors.index.json", record.index_json(plan))
             staging.write("README.md", card(plan, result))
-            staging.write(RECORD, record.as_json(record.full_record(plan, result, target.path)))
+            staging.write(RECORD, record.finished(record.full_record(plan, result, target.path), staging.path))
         staging.commit(overwrite=overwrite)
     return result
 

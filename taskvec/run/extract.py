@@ -25,7 +25,7 @@ from ..errors import UsageError, counted, listing, show
 from .edited import PathLike, edited_checkpoint, workers_for
 from .inputs import check_factors, download
 from .jobs import CHECKSUM_PLACE, Job, ShardPlan, tiles
-from .output import RECORD, Staging, Target, check_space, check_target
+from .output import RECORD, Target, check_space, check_target
 from .plan import OUT_DTYPES, Matched, Options, Plan, identities, match, shard_names, split_by_size
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def save_vector(
     if dtype not in _DTYPES:
         raise UsageError(f"dtype {show(dtype)}, expected one of {', '.join(_DTYPES)}")
     target = Target.of(output)
-    model = _base_of(vector) if base is None else base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    model = base_of(vector) if base is None else base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     size = _SHARD if max_shard_size is None and not target.single_file else max_shard_size
     options = Options(dtype, size, tuple(include), tuple(exclude))
     check_target(target, [model, *(c for _, source in vector.terms for c in source.inputs)], overwrite)
@@ -130,7 +130,7 @@ def save_vector(
         shard_done=shard_done,
     )  # fmt: skip
     differing = _differing(model, vector, options)
-    result = _write(plan, target, settings, overwrite)
+    result = _write(plan, target, settings, where.name, overwrite)
     return SavedVector(
         output=target.path,
         output_name=target.typed,
@@ -139,7 +139,7 @@ def save_vector(
         zero=tuple(zero),
         bytes_written=plan.bytes_to_write,
         seconds=time.perf_counter() - started,
-        notes=plan.notes,
+        notes=(*plan.notes, *result.notes),
         warnings=tuple(_warnings(plan, result, differing)),
     )
 
@@ -256,16 +256,20 @@ def _warnings(plan: Plan, result: RunResult, differing: list[str]) -> Iterator[s
         yield f"{counted(len(differing), 'tensor')} not floats, other in tuned and not in the vector: {listing(differing)}"
 
 
-def _write(plan: Plan, target: Target, settings: Settings, overwrite: bool) -> RunResult:
+def _write(plan: Plan, target: Target, settings: Settings, device: str, overwrite: bool) -> RunResult:
     from . import record, stream
+    from .journal import identify
+    from .staging import Staging
 
-    with Staging(target, fsync=settings.fsync) as staging:
-        result = stream.execute(plan, staging.path, settings)
+    identity = identify(plan, device, sha256=settings.sha256)
+    with Staging(target, fsync=settings.fsync, run=(plan, identity)) as staging:
+        result = stream.execute(plan, staging.path, settings, staging.journal)
+        result.notes += staging.notes
         if not target.single_file:
             if len(plan.shards) > 1:
                 staging.write("vector.safetensors.index.json", record.index_json(plan))
             about = json.loads(plan_metadata(plan))
-            staging.write(RECORD, record.as_json({**about, **record.outcome(plan, result)}))
+            staging.write(RECORD, record.finished({**about, **record.outcome(plan, result)}, staging.path))
         staging.commit(overwrite=overwrite)
     return result
 
@@ -276,7 +280,7 @@ def plan_metadata(plan: Plan) -> str:
     return str(header["__metadata__"][METADATA_KEY])
 
 
-def _base_of(vector: TaskVector) -> Checkpoint:
+def base_of(vector: TaskVector) -> Checkpoint:
     """What the vector is the difference from, if its sources agree."""
     origins = [_origin(leaf(source)) for _, source in vector.terms]
     known = [origin for origin in origins if origin is not None]
@@ -296,7 +300,7 @@ def _origin(source: DeltaSource) -> Checkpoint | None:
 def _zero_tensors(plan: Plan) -> dict[str, None]:
     """Tensors that would be saved as zeros. One that would not is left at its first tile with a number in it."""
     from .native import cpu_kernel
-    from .stream import Worker
+    from .worker import Worker
 
     files = InputFiles(plan.identities)
     zero: dict[str, None] = {}

@@ -28,9 +28,9 @@ from .jobs import Job, ShardPlan, batches, merged, tiles, unit_bytes
 from .kernel import Counts, ReadStored
 from .model_tensors import DTYPES, named_tensors, refuse_shared
 from .native import cpu_kernel
-from .output import uninterrupted
 from .plan import Matched, Options, Plan, identities, match
-from .stream import Worker
+from .staging import uninterrupted
+from .worker import Worker
 
 _numbers = itertools.count()
 

@@ -1,22 +1,17 @@
-"""The output: refused before a byte is written if it cannot be made, built in a staging folder beside its name, and put
-there by one rename. Killed at any moment, it is absent or complete; what remains is a staging folder that says so.
-"""
+"""Where the output goes, and whether it can be made there: refused before a byte is written."""
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoint import files
+from ..checkpoint import system
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.folder import SideFile
+from ..checkpoint.files import os_failure
 from ..checkpoint.header import read_header
 from ..checkpoint.locate import read_json
 from ..delta.stored import METADATA_KEY
@@ -26,14 +21,12 @@ from ..errors import (
     OutputError,
     OutputExistsError,
     OutputOverlapError,
-    SourceChangedError,
     UsageError,
     listing,
     show,
 )
 
 RECORD = "taskvec.json"  # in an output folder; a single output file has METADATA_KEY in its `__metadata__` instead
-_COPIED = 1 << 20  # bytes per read when a side file is copied
 
 
 class Target(NamedTuple):
@@ -54,13 +47,18 @@ class Target(NamedTuple):
             raise UsageError(f"output {show(output)}: taskvec writes safetensors", hint="Name a folder or x.safetensors")
         return cls(path, path.suffix == ".safetensors", os.fspath(output))
 
+    @property
+    def relative(self) -> Path:
+        """As the user wrote it: messages name files by it, and absolute paths are nobody's business."""
+        return Path(os.path.normpath(os.path.expanduser(self.typed)))
+
 
 def check_target(target: Target, inputs: Iterable[Checkpoint], overwrite: bool) -> None:
     """Raises OutputOverlapError when the output is, holds or lies in an input, also with `overwrite`;
     OutputExistsError when something is there and may not be replaced; OutputError when no folder can be there."""
     for checkpoint in inputs:
         _check_overlap(target, checkpoint)
-    if Path(os.path.normpath(target.typed)).name in ("", ".."):
+    if target.relative.name in ("", ".."):
         raise UsageError(f"output {show(target.typed)!r} is not a name", hint="Name a folder that is not the one you are in")
     if not os.path.lexists(target.path):
         above = next(parent for parent in target.path.parents if os.path.lexists(parent))
@@ -74,7 +72,7 @@ def check_target(target: Target, inputs: Iterable[Checkpoint], overwrite: bool) 
         raise OutputExistsError(
             f"{show(target.typed)}: is {kind}, which --overwrite does not replace", hint="Remove it first"
         )
-    foreign = [] if target.single_file else _foreign_files(target.path)
+    foreign = [] if target.single_file else _foreign_files(target.relative)
     if foreign:
         raise OutputExistsError(
             f"{show(target.typed)}: holds what taskvec did not make ({listing(foreign)}), and --overwrite would delete it",
@@ -101,7 +99,7 @@ def _foreign_files(folder: Path) -> list[str]:
 def _made_by_taskvec(target: Target) -> bool:
     if target.single_file:
         try:
-            return METADATA_KEY in read_header(target.path).metadata
+            return METADATA_KEY in read_header(target.relative).metadata
         except CheckpointError:
             return False
     return (target.path / RECORD).is_file() or not os.listdir(target.path)
@@ -109,7 +107,8 @@ def _made_by_taskvec(target: Target) -> bool:
 
 def check_space(target: Target, needed: int, downloads: Mapping[Path, int] | None = None) -> None:
     """Raises NotEnoughDiskError when the disk of the output has less than `needed` bytes free, or the one of the Hub's cache
-    less than the `downloads` take; together, if they are one disk."""
+    less than the `downloads` take; together, if they are one disk. What an interrupted run left for that output counts as
+    free: it is used or removed."""
     parent = _standing(target.path.parent)
     if downloads:
         cache, size = _standing(next(iter(downloads)).parent), sum(downloads.values())
@@ -120,7 +119,7 @@ def check_space(target: Target, needed: int, downloads: Mapping[Path, int] | Non
                 f"the cache of the Hub: {size} bytes are needed, {shutil.disk_usage(cache).free} are free",
                 hint="Free space there, or set HF_HOME to a folder on another disk",
             )
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + held(target)
     if free < needed:
         raise NotEnoughDiskError(
             f"{show(target.typed)}: {needed} bytes are needed, {free} are free",
@@ -134,107 +133,35 @@ def _standing(folder: Path) -> Path:
     return folder
 
 
-class Staging:
-    """A folder beside the target that becomes it. As a context manager: removed unless committed."""
-
-    def __init__(self, target: Target, *, fsync: bool) -> None:
-        self._target = target
-        self._fsync = fsync
-        name = f".{target.path.name}.taskvec-partial-{secrets.token_hex(4)}"
-        # as the user wrote it: messages name files in it, and absolute paths are nobody's business
-        self.path = Path(os.path.normpath(os.path.expanduser(target.typed))).parent / name
-
-    def __enter__(self) -> Staging:
-        above = self._target.path.parent
-        self._new_parents = [folder for folder in (above, *above.parents) if not folder.exists()]
-        try:
-            above.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir()
-        except OSError as error:
-            raise files.os_failure(error, self._target.typed, "cannot create the output there", OutputError) from error
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-
-    def write(self, name: str, content: bytes) -> None:
-        """A small file of the output."""
-        self._fill(name, lambda fd, path: files.write_all(fd, memoryview(content), 0, path=path))
-
-    def copy(self, file: SideFile) -> None:
-        """A side file, byte for byte (or its new content)."""
-        if file.content is not None:
-            self.write(file.name, file.content)
-            return
-        source = files.open_input(file.source)
-        try:
-            if (size := os.fstat(source).st_size) != file.nbytes:
-                raise SourceChangedError(
-                    f"{show(file.source)}: changed during the run: found {size} bytes, expected {file.nbytes}",
-                    hint="Leave the inputs alone and run again",
-                )
-            self._fill(file.name, lambda fd, path: _copy(source, file, fd, path))
-        finally:
-            os.close(source)
-
-    def commit(self, *, overwrite: bool) -> None:
-        """Flush the folders and rename: from here on the output is there, whole.
-
-        Raises OutputExistsError when something appeared under that name meanwhile; nothing of it is touched.
-        """
-        made = next(self.path.iterdir()) if self._target.single_file else self.path
-        if self._fsync:
-            for folder in (path for path in (self.path, *self.path.rglob("*")) if path.is_dir()):
-                files.sync_folder(folder)
-        try:
-            with uninterrupted():  # between the rename and the end of the old one there is no half-way
-                if overwrite and os.path.lexists(self._target.path):
-                    files.rename_exchange(made, self._target.path)
-                    shutil.rmtree(self.path, ignore_errors=True)
-                else:
-                    files.rename_new(made, self._target.path)
-        except FileExistsError as error:
-            raise OutputExistsError(
-                f"{show(self._target.typed)}: appeared while this run was writing; it is left as it is",
-                hint="Name another output, or run again with --overwrite",
-            ) from error
-        except OSError as error:
-            raise files.os_failure(error, self._target.typed, "cannot rename the finished output", OutputError) from error
-        if self._fsync:
-            for folder in (self._target.path.parent, *(parent.parent for parent in self._new_parents)):
-                files.sync_folder(folder)
-
-    def _fill(self, name: str, write: Callable[[int, Path], None]) -> None:
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = files.create_output(path)
-        try:
-            write(fd, path)
-            if self._fsync:
-                files.sync(fd, path=path)
-        finally:
-            os.close(fd)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the block is done. Signals are the main thread's: in another, this does nothing."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+def leftovers(target: Target) -> list[Path]:
+    """The folders of this user in which runs make that output, living or ended, in the order of their names."""
+    home = target.relative.parent
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        names = system.again(system.calls.listdir, home)
+    except (FileNotFoundError, PermissionError):  # a folder that may be written to and not be read
+        return []
+    except OSError as error:
+        raise os_failure(error, target.typed, "cannot list the folder above it", OutputError) from error
+    return [home / name for name in sorted(names) if name.startswith(staging_prefix(target)) and _is_own_folder(home / name)]
 
 
-def _copy(source: int, file: SideFile, fd: int, path: Path) -> None:
-    buffer = memoryview(bytearray(min(_COPIED, max(1, file.nbytes))))
-    for at in range(0, file.nbytes, len(buffer)):
-        part = buffer[: min(len(buffer), file.nbytes - at)]
-        files.read_exact(source, part, at, path=file.source)
-        files.write_all(fd, part, at, path=path)
+def _is_own_folder(path: Path) -> bool:
+    """Not a link, and not another user's, who could have put files into it."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+
+
+def held(target: Target) -> int:
+    """Bytes on disk that runs that ended hold for that output: they will be used, or be free."""
+    inside = (path for room in leftovers(target) for path in room.rglob("*"))
+    return sum(path.lstat().st_blocks * 512 for path in inside if path.is_file() and not path.is_symlink())
+
+
+def staging_prefix(target: Target) -> str:
+    return f".{target.path.name}.taskvec-partial-"
 
 
 def _check_overlap(target: Target, checkpoint: Checkpoint) -> None:

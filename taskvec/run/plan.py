@@ -4,7 +4,6 @@ its jobs. Pure and deterministic; every refusal that names and headers can tell 
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.code import ModelCode, along
 from ..checkpoint.files import FileIdentity, absent, remote_above, size_of
-from ..checkpoint.folder import SideFile, side_files
+from ..checkpoint.folder import SideFile
 from ..checkpoint.header import DTYPE_BITS, StoredTensor, encode_header
 from ..delta.source import FLOATS, FormulaDelta, LowRankDelta, Resolved, ScaledDelta
 from ..delta.stored import METADATA_KEY, told
 from ..delta.vector import TaskVector, formula
 from ..delta.weighting import leaf
-from ..errors import NameMismatchError, UsageError, counted, listing, show
+from ..errors import NameMismatchError, UsageError, counted, show
 from .jobs import KEPT_FACTORS, LARGE_FACTOR, TILE_BYTES, Job, ShardPlan, Term, matrix_shape, unit_bytes
+from .name_filter import NameFilter
 
 OUT_DTYPES = {"same": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 _SCRATCH = 4  # arrays of a tile's elements that the numpy kernel holds in the arithmetic's dtype
@@ -38,12 +39,14 @@ class Options:
         out_dtype: one of OUT_DTYPES; "same" keeps every tensor's own dtype.
         max_shard_size: bytes of tensor data per output file, or text like 5GB; None keeps base's shard map.
         include, exclude: shell-style patterns of tensor names; what they leave out is copied.
+        code: whether the Python files that the model's configs name come along.
     """
 
     out_dtype: str = "same"
     max_shard_size: int | str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    code: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Plan:
     missing: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     identities: dict[Path, FileIdentity] = field(default_factory=dict, repr=False)
+    code: ModelCode = field(default_factory=ModelCode)
 
     @property
     def jobs(self) -> list[Job]:
@@ -115,6 +119,8 @@ class Plan:
                 for s in self.shards
             ],
             "side_files": [file.name for file in self.side],
+            "code": list(self.code.files),
+            "code_left_out": list(self.code.left),
             "notes": list(self.notes),
         }
 
@@ -128,12 +134,11 @@ class Plan:
             *(f"  {f['name']}  {human_bytes(f['bytes'])}, {f['tensors']} tensors, {f['edited']} edited" for f in s["shards"]),
         ]
         if s["files_to_download"]:
-            lines.append(
-                f"first download {human_bytes(s['bytes_to_download'])} from the Hub, "
-                f"{counted(len(s['files_to_download']), 'file')}"
-            )
+            number = counted(len(s["files_to_download"]), "file")
+            lines.append(f"first download {human_bytes(s['bytes_to_download'])} from the Hub, {number}")
         if s["side_files"]:
             lines.append(f"copy along {', '.join(show(name) for name in s['side_files'])}")
+        lines += [f"code {self.code}"] if str(self.code) else []
         return "\n".join(lines + [f"note: {note}" for note in s["notes"]])
 
 
@@ -165,7 +170,7 @@ def make_plan(base: Checkpoint, vector: TaskVector, options: Options, *, single_
     """
     out_dtype = _out_dtype(options)
     matched = match(base, vector, options)
-    side, notes = ([], []) if single_file else side_files(base, out_dtype, matched.config)
+    side, code, notes = along(None if single_file else base, out_dtype, matched.config, options.code)
     return Plan(
         base=base,
         vector=vector,
@@ -177,6 +182,7 @@ def make_plan(base: Checkpoint, vector: TaskVector, options: Options, *, single_
         missing=matched.missing,
         unused=matched.unused,
         identities=identities(base, vector),
+        code=code,
     )
 
 
@@ -209,7 +215,7 @@ def match(base: Checkpoint, vector: TaskVector, options: Options) -> Matched:
         raise NameMismatchError(
             f"{show(base.path)}: a saved task vector, expected a model", hint="Name the model first, then the vector"
         )
-    keep = _NameFilter(options)
+    keep = NameFilter(options.include, options.exclude)
     resolved = [(coefficient, source.resolve(base, keep)) for coefficient, source in vector.terms]
     keep.check_used(base, vector)
     _check_patterns(resolved)
@@ -257,35 +263,6 @@ def _out_dtype(options: Options) -> str | None:
     if options.out_dtype not in OUT_DTYPES:
         raise UsageError(f"out_dtype {show(options.out_dtype)}, expected one of {', '.join(OUT_DTYPES)}")
     return OUT_DTYPES[options.out_dtype]
-
-
-class _NameFilter:
-    """Which tensor names are edited; it remembers the names it was asked about."""
-
-    def __init__(self, options: Options) -> None:
-        self._options = options
-        self._asked: set[str] = set()
-
-    def __call__(self, name: str) -> bool:
-        self._asked.add(name)
-        include, exclude = self._options.include, self._options.exclude
-        included = not include or any(fnmatch.fnmatchcase(name, p) for p in include)
-        return included and not any(fnmatch.fnmatchcase(name, p) for p in exclude)
-
-    def check_used(self, base: Checkpoint, vector: TaskVector) -> None:
-        """Raises UsageError for a pattern that matches no tensor: it is a typing error."""
-        inputs = {name for _, source in vector.terms for checkpoint in source.inputs for name in checkpoint.tensors}
-        edited = self._asked | base.tensors.keys()
-        for option, patterns, known in (
-            ("--include", self._options.include, edited),
-            ("--exclude", self._options.exclude, edited | inputs),
-        ):
-            for pattern in patterns:
-                if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
-                    raise UsageError(
-                        f"{option} '{show(pattern)}' matches no tensor of {show(base.path)}",
-                        hint=f"Its names are like {listing(base.tensors, 3)}",
-                    )
 
 
 def _collect_terms(resolved: Iterable[tuple[float, Resolved]]) -> dict[str, tuple[Term, ...]]:

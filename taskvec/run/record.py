@@ -5,31 +5,39 @@ to the output only if both were under the working directory.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from ..checkpoint import files
 from ..checkpoint.checkpoint import Checkpoint
 from ..delta.dense import FineTune
 from ..delta.source import AdapterSource, DeltaSource
 from ..delta.stored import METADATA_KEY, StoredVector
 from ..delta.weighting import Masked, Scaled, Selected
 from .jobs import CHECKSUM_PLACE
-from .kernel import Counts
 from .plan import Plan
-from .stream import RunResult
 
-FORMAT = 1  # of the record
+if TYPE_CHECKING:
+    from .kernel import Counts
+    from .stream import RunResult
+
+FORMAT = 2  # of the record; from 2 on it lists the small files, and is sealed
+CARD = "README.md"
+SEAL = "record_sha256"
+_HASHED = 1 << 20  # bytes per read
 CHECKSUM_KIND = "xxh3-128 over the header and the xxh3-128 of every tile"
 
 
 def recipe(plan: Plan, output: Path | None) -> dict[str, Any]:
     """What was computed from what: enough to do it again, given the inputs. With `output`, also where they lie from there."""
+    import numpy as np
+
     return {
         "format": FORMAT,
         "taskvec": __version__,
@@ -62,6 +70,57 @@ def outcome(plan: Plan, result: RunResult) -> dict[str, Any]:
     }
 
 
+def finished(content: dict[str, Any], folder: Path) -> bytes:
+    """`taskvec.json` of a folder that is complete but for it: `content`, what the small files of it are, and a seal."""
+    return as_json(sealed({**content, "files": side_records(folder, content)}))
+
+
+def side_records(folder: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Name, size in bytes and SHA-256 of every file of an output that is no weight file, nor its record."""
+    found = []
+    for name in small_files(content):
+        if files.exists(folder / name):
+            nbytes, sha256 = hashed(folder / name)
+            found.append({"name": name, "bytes": nbytes, "sha256": sha256})
+    return found
+
+
+def small_files(content: dict[str, Any]) -> Iterator[str]:
+    """What an output of this record may hold besides weights and the record: side files, the index, the card."""
+    yield from map(str, content.get("side_files") or [])
+    if index := index_name(content):
+        yield index
+    yield CARD
+
+
+def index_name(content: dict[str, Any]) -> str | None:
+    """The name of the index; None where one weight file needs none."""
+    names = [str(shard["name"]) for shard in content.get("shards") or []]
+    return names[0].partition("-00001-of-")[0] + ".safetensors.index.json" if len(names) > 1 else None
+
+
+def hashed(path: Path) -> tuple[int, str]:
+    """Size in bytes and SHA-256 of a file, read a little at a time."""
+    fd = files.open_input(path)
+    try:
+        size, digest = os.fstat(fd).st_size, hashlib.sha256()
+        buffer = memoryview(bytearray(min(_HASHED, max(1, size))))
+        for at in range(0, size, len(buffer)):
+            part = buffer[: min(len(buffer), size - at)]
+            files.read_exact(fd, part, at, path=path)
+            digest.update(part)
+        return size, digest.hexdigest()
+    finally:
+        os.close(fd)
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """A record with a digest of all else in it: one that was edited by hand is found out. It is no signature."""
+    bare = {key: value for key, value in content.items() if key != SEAL}
+    text = json.dumps(bare, sort_keys=True)
+    return {**bare, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
 def single_file_metadata(plan: Plan) -> dict[str, str]:
     """`__metadata__` of a single output file: the recipe, and the place its checksum will take. The same wherever the file
     is written, since it is part of it."""
@@ -72,11 +131,13 @@ def single_file_metadata(plan: Plan) -> dict[str, str]:
 
 def tensor_changes(plan: Plan, result: RunResult) -> dict[str, dict[str, int]]:
     """What happened to every tensor that is not a plain copy, in elements; zeros are left out, `changed` is not."""
-    return {job.name: _counts(result.counts[job.name]) for job in plan.jobs if job.name in result.counts}
+    return {job.name: counts_of(result.counts[job.name]) for job in plan.jobs if job.name in result.counts}
 
 
 def changes(plan: Plan, result: RunResult) -> dict[str, int]:
     """Totals over all tensors, in tensors, elements and bytes."""
+    from .kernel import Counts
+
     total = Counts()
     for counts in result.counts.values():
         total.add(counts)
@@ -100,15 +161,18 @@ def as_json(content: dict[str, Any]) -> bytes:
 
 def index_json(plan: Plan) -> bytes:
     """`X.safetensors.index.json`: which file holds which tensor, and the true size of all tensor data in bytes."""
+    elements = sum(job.base.elements for job in plan.jobs)
     weight_map = {job.name: shard.name for shard in plan.shards for job in shard.jobs}
-    metadata = {
-        "total_parameters": sum(job.base.elements for job in plan.jobs),
-        "total_size": sum(job.nbytes for job in plan.jobs),
-    }
-    return as_json({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    return as_json(index(weight_map, elements, sum(job.nbytes for job in plan.jobs)))
 
 
-def _counts(counts: Counts) -> dict[str, int]:
+def index(weight_map: dict[str, str], elements: int, nbytes: int) -> dict[str, Any]:
+    """What an index says."""
+    metadata = {"total_parameters": elements, "total_size": nbytes}
+    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def counts_of(counts: Counts) -> dict[str, int]:
     found = {"changed": counts.changed, "lost": counts.lost, "overflow": counts.overflow}
     found |= {"nonfinite": counts.nonfinite, "differs": counts.differs}
     return {key: value for key, value in found.items() if value or key == "changed"}

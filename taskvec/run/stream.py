@@ -6,36 +6,26 @@ shards first, because a file system serialises the writers of one file.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import xxhash
 
 from ..checkpoint import files
-from ..checkpoint.floats import Raw
-from ..checkpoint.header import StoredTensor
-from .jobs import CHECKSUM_PLACE, TILE_BYTES, Job, ShardPlan, Tile, batches, merged, unit_bytes
+from .jobs import CHECKSUM_PLACE, TILE_BYTES, Job, ShardPlan, Tile, batches, unit_bytes
 from .kernel import Counts, NumpyKernel, ReadStored
 from .plan import Plan
+from .worker import Kernel, Worker, untouched
 
-_READ_AHEAD = 8 << 20  # bytes; one block ahead, so that a cold disk does not wait for the request
+if TYPE_CHECKING:
+    from .journal import Journal
+
 _COPIED = 8 << 20  # bytes of an untouched tensor that are shared at once, where they can be
 _HASHED = 1 << 20  # bytes per read when a finished file is hashed with SHA-256
 _POLL = 0.1  # seconds between two looks of the main thread; Ctrl-C is seen this soon
-
-
-class Kernel(Protocol):
-    """The arithmetic of one worker. `edit` gives the output bytes of one tile (or of several that lie together), valid
-    until the next call; `host_buffer` is memory that the kernel likes to be fed from."""
-
-    def edit(self, job: Job, tile: Tile, raw: dict[StoredTensor, Raw]) -> tuple[Raw, Counts]: ...
-
-    def host_buffer(self, nbytes: int) -> Raw: ...
 
 
 class ShardResult(NamedTuple):
@@ -50,10 +40,12 @@ class ShardResult(NamedTuple):
 
 @dataclass
 class RunResult:
-    """`counts` by the name of every edited tensor, and of every copied one that is another in tuned."""
+    """`counts` by the name of every edited tensor, and of every copied one that is another in tuned. `notes`: what the
+    user should know of how the run went."""
 
     shards: list[ShardResult]
     counts: dict[str, Counts] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -73,12 +65,12 @@ class Settings:
     shard_done: Callable[[ShardResult], None] = lambda result: None
 
 
-def execute(plan: Plan, folder: Path, settings: Settings) -> RunResult:
-    """Write every shard of the plan into `folder`, which exists.
+def execute(plan: Plan, folder: Path, settings: Settings, journal: Journal | None = None) -> RunResult:
+    """Write every shard of the plan into `folder`, which exists, but for those that the journal knows as finished.
 
     Raises what the first failing thread raised; then, and on KeyboardInterrupt, every thread has ended on return.
     """
-    return _Run(plan, folder, settings).execute()
+    return _Run(plan, folder, settings, journal).execute()
 
 
 class Step(NamedTuple):
@@ -157,19 +149,22 @@ class _ShardRun:
 
 
 class _Run:
-    def __init__(self, plan: Plan, folder: Path, settings: Settings) -> None:
+    def __init__(self, plan: Plan, folder: Path, settings: Settings, journal: Journal | None) -> None:
         self._settings = settings
+        self._journal = journal
         self._single_file = plan.single_file
-        self._shards = [_ShardRun(shard, folder, settings.batch) for shard in plan.shards]
+        self._order = {shard.name: place for place, shard in enumerate(plan.shards)}
+        reused = {} if journal is None else dict(journal.finished)
+        self._shards = [_ShardRun(shard, folder, settings.batch) for shard in plan.shards if shard.name not in reused]
         self._open = list(self._shards)
         self._inputs = files.InputFiles(plan.identities)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
-        self._written = 0
-        self._finished: list[ShardResult] = []
-        self._announced = 0
-        self._counts: dict[str, Counts] = {}
+        self._finished = [one.result for one in reused.values()]
+        self._written = sum(result.nbytes for result in self._finished)
+        self._announced = len(self._finished)
+        self._counts = {name: counts for one in reused.values() for name, counts in one.counts.items()}
 
     def execute(self) -> RunResult:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(max(1, self._settings.workers))]
@@ -190,8 +185,7 @@ class _Run:
                 if thread.ident is not None:
                     thread.join()
             self._close()
-        order = {shard.plan.name: place for place, shard in enumerate(self._shards)}
-        return RunResult(sorted(self._finished, key=lambda shard: order[shard.name]), self._counts)
+        return RunResult(sorted(self._finished, key=lambda shard: self._order[shard.name]), self._counts)
 
     def _report(self) -> None:
         self._settings.progress(self._written)
@@ -257,9 +251,12 @@ class _Run:
         digest = _sha256(shard.fd, shard.plan.size, shard.path, self._stop) if self._settings.sha256 else None
         if self._settings.fsync:
             files.sync(shard.fd, path=shard.path)
-        os.close(shard.fd)
-        shard.fd = None
+        fd, shard.fd = shard.fd, None
+        files.close_output(fd, path=shard.path)
         result = ShardResult(shard.plan.name, shard.plan.size, checksum, hashlib.sha256(header[8:]).hexdigest(), digest)
+        if self._journal is not None:
+            own = {job.name: self._counts[job.name] for job in shard.plan.jobs if job.name in self._counts}
+            self._journal.add(result, own)
         with self._lock:
             self._written += len(header)
             self._finished.append(result)
@@ -268,109 +265,8 @@ class _Run:
         self._inputs.close()
         for shard in self._shards:
             if shard.fd is not None:
-                os.close(shard.fd)
+                files.close_input(shard.fd)  # given up
                 shard.fd = None
-
-
-class Worker:
-    """The buffers of one thread, and the three stages of a batch of tiles: read, compute, write."""
-
-    def __init__(self, inputs: files.InputFiles, make_kernel: Callable[[ReadStored], Kernel]) -> None:
-        self._inputs = inputs
-        self._kernel = make_kernel(_reader(inputs))
-        self._buffers: list[Raw] = []
-        self._advised: dict[Path, int] = {}
-
-    def carry(self, step: Step) -> tuple[list[bytes], Counts]:
-        """All stages; the digest of every tile, and what happened in them."""
-        if untouched(step.job):
-            return self.copy(step), Counts()
-        digests: list[bytes] = []
-        total = Counts()
-        for batch in step.batches:
-            out, counts = self.compute(step.job, batch, self.read(step.job, batch))
-            self.write(step, batch, out)
-            digests += self._digests(step.job, batch, out)
-            total.add(counts)
-        return digests, total
-
-    def read(self, job: Job, batch: tuple[Tile, ...], without: StoredTensor | None = None) -> dict[StoredTensor, Raw]:
-        """The bytes of every tensor that is read tile by tile, `without` one that is where it is needed already."""
-        span, found = merged(batch), {}
-        for place, stored in enumerate(job.elementwise):
-            if stored == without:
-                continue
-            unit = unit_bytes(stored.dtype)
-            found[stored] = self._fill(place, stored, span.start * unit, span.units * unit)
-        return found
-
-    def compute(self, job: Job, batch: tuple[Tile, ...], raw: dict[StoredTensor, Raw]) -> tuple[Raw, Counts]:
-        """The output bytes, valid until the next call."""
-        if not job.copied:
-            return self._kernel.edit(job, merged(batch), raw)
-        counts = Counts()
-        if job.compared:
-            counts.differs = max(int(np.count_nonzero(raw[job.base] != raw[tuned])) for tuned in job.compared)
-        return raw[job.base], counts
-
-    def write(self, step: Step, batch: tuple[Tile, ...], out: Raw) -> None:
-        """To their final place in the output file."""
-        assert step.shard.fd is not None
-        at = step.job.offset + batch[0].start * unit_bytes(step.job.dtype)
-        files.write_all(step.shard.fd, out.data, at, path=step.shard.path)
-
-    def copy(self, step: Step) -> list[bytes]:
-        """An untouched run: shared with base where the file system can, else written as it was read. Read it is either way,
-        for its checksum; given that, copy_file_range would save nothing over writing what was just read.
-        """
-        assert step.shard.fd is not None
-        stored, unit, digests = step.job.base, unit_bytes(step.job.dtype), []
-        first, into = step.batches[0][0].start * unit, step.offset
-        with self._inputs.reading(stored.path) as fd:
-            shared = files.share_range(fd, step.shard.fd, stored.offset + first, into, step.nbytes)
-        for tile in step.tiles:
-            data = self._fill(0, stored, tile.start * unit, tile.units * unit)
-            digests.append(_digest(data))
-            at = tile.start * unit - first
-            for begin, end in ((at, min(at + len(data), shared[0])), (max(at, shared[1]), at + len(data))):
-                if begin < end:
-                    files.write_all(step.shard.fd, data[begin - at : end - at].data, into + begin, path=step.shard.path)
-        return digests
-
-    def _digests(self, job: Job, batch: tuple[Tile, ...], out: Raw) -> list[bytes]:
-        start, unit = batch[0].start, unit_bytes(job.dtype)
-        return [_digest(out[(t.start - start) * unit : (t.start - start + t.units) * unit]) for t in batch]
-
-    def _fill(self, place: int, stored: StoredTensor, start: int, nbytes: int) -> Raw:
-        buffer = self._buffer(place, nbytes)
-        self._advise(stored, stored.offset + start)
-        self._inputs.read(stored.path, buffer.data, stored.offset + start, stored.name)
-        return buffer
-
-    def _advise(self, stored: StoredTensor, position: int) -> None:
-        """Ask for the next block of this file before it is needed, once per block."""
-        block = position // _READ_AHEAD
-        if self._advised.get(stored.path) != block and hasattr(os, "posix_fadvise") and stored.path not in files.IN_MEMORY:
-            self._advised[stored.path] = block
-            with self._inputs.reading(stored.path) as fd:
-                os.posix_fadvise(fd, position, 2 * _READ_AHEAD, os.POSIX_FADV_WILLNEED)
-
-    def _buffer(self, place: int, nbytes: int) -> Raw:
-        while len(self._buffers) <= place:
-            self._buffers.append(self._kernel.host_buffer(0))
-        if len(self._buffers[place]) < nbytes:
-            self._buffers[place] = self._kernel.host_buffer(nbytes)
-        held: Raw = self._buffers[place][:nbytes]
-        return held
-
-
-def untouched(job: Job) -> bool:
-    """Whether no one needs to look at the tensor's bytes but for their checksum."""
-    return job.copied and not job.compared
-
-
-def _digest(data: Raw) -> bytes:
-    return xxhash.xxh3_128_digest(data.data)
 
 
 def _sha256(fd: int, size: int, path: Path, stop: threading.Event) -> str:
@@ -382,14 +278,3 @@ def _sha256(fd: int, size: int, path: Path, stop: threading.Event) -> str:
         files.read_exact(fd, part, at, path=path)
         digest.update(part)
     return digest.hexdigest()
-
-
-def _reader(inputs: files.InputFiles) -> ReadStored:
-    """Reads parts of stored tensors into memory of their own. It does not know the worker, which so goes with its run."""
-
-    def read(stored: StoredTensor, start: int, nbytes: int) -> Raw:
-        buffer = np.empty(nbytes, np.uint8)
-        inputs.read(stored.path, buffer.data, stored.offset + start, stored.name)
-        return buffer
-
-    return read

@@ -1,31 +1,27 @@
-"""Checking a finished output: its structure, its checksums, its values, and a few tensors computed again."""
+"""Checking a finished output: structure, checksums, values; other files (verify_side.py); the arithmetic (recompute.py)."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..checkpoint.checkpoint import Checkpoint, Shard
 from ..checkpoint.files import InputFiles, exists, names_in
-from ..checkpoint.locate import ADAPTER_WEIGHTS, existing, locate_peft, read_json
-from ..checkpoint.repository import cached
-from ..delta.adapters import open_adapter
+from ..checkpoint.locate import existing, locate_peft, parse_json, read_json
 from ..delta.adapters.config import AdapterFolder
-from ..delta.dense import FineTune
-from ..delta.source import FLOATS, DeltaSource
-from ..delta.stored import KIND, METADATA_KEY, StoredVector
-from ..delta.vector import TaskVector
-from ..delta.weighting import Depth, Masked, Scaled, Selected
-from ..errors import CheckpointError, TaskvecError, VerificationError, counted, listing, show
-from .extract import vector_plan
+from ..delta.source import FLOATS
+from ..delta.stored import METADATA_KEY
+from ..errors import CheckpointError, TaskvecError, UsageError, VerificationError, counted, listing, show
 from .jobs import CHECKSUM_PLACE
 from .output import RECORD
-from .plan import Options, Plan, make_plan
+from .recompute import found_wrong, plan_again, unlike_base, unlike_plan
+from .verify_side import check_side, intruders
+
+_SAMPLE = 3  # edited tensors computed again, if nothing is said
 
 
 @dataclass
@@ -42,32 +38,63 @@ class Verification:
         return not self.problems
 
 
+class _Depth(NamedTuple):
+    """How much is computed again: so many edited tensors, or everything."""
+
+    sample: int
+    full: bool
+
+
 def verify(
-    output: str | os.PathLike[str], *, against: Sequence[str | os.PathLike[str]] = (), sample: int = 3
+    output: str | os.PathLike[str],
+    *,
+    against: Sequence[str | os.PathLike[str]] = (),
+    sample: int | None = None,
+    full: bool = False,
 ) -> Verification:
-    """Check an output of taskvec: structure, checksum of every weight file, no NaN or inf that was not recorded, and
-    `sample` random edited tensors computed again from the inputs, bit for bit.
+    """Check an output of taskvec: structure, checksum of every file, no NaN or inf that was not recorded, nothing beside
+    it that a loader would take; and from the inputs, bit for bit, side files and `sample` random edited tensors (3 if not
+    given), or, if `full`, every tensor, the copied ones too. A card may be edited; a file that no loader takes is only named.
 
     Inputs are looked for where the record says they lay, beside the output and in the working directory, and must have
     the recorded sizes and headers; `against` names them if they lie elsewhere. A folder with a record whose weights do
-    not even open has that as its problem. Raises CheckpointError when the output was not made by taskvec.
+    not even open has that as its problem. Raises CheckpointError when the output was not made by taskvec, UsageError for
+    both `sample` and `full`, and with `against` or `full` CheckpointError when an input is not found.
     """
+    if full and sample is not None:
+        raise UsageError("a sample of the tensors, or all of them: not both", hint="Leave out --sample or --full")
+    return _verified(output, against, _Depth(_SAMPLE if sample is None else sample, full))
+
+
+def verify_listed(output: str | os.PathLike[str]) -> Verification:
+    """As `verify`, but of what the record lists alone, and nothing is computed again: what is fit to leave this machine."""
+    return _verified(output, (), _Depth(0, False), beside=False)
+
+
+def _verified(
+    output: str | os.PathLike[str], against: Sequence[str | os.PathLike[str]], depth: _Depth, *, beside: bool = True
+) -> Verification:
     try:
         adapter = locate_peft(output)
         checkpoint = Checkpoint.open(output) if adapter is None else AdapterFolder.open(adapter).weights
     except CheckpointError as error:
-        if not os.path.isfile(os.path.join(os.path.expanduser(output), RECORD)):
+        folder = Path(os.path.expanduser(output))
+        if not os.path.isfile(folder / RECORD):
             raise
-        return Verification(Path(output), problems=[str(error)])
+        return Verification(Path(output), problems=[str(error), *_intruders(folder)])
     content = _record(checkpoint)
     found = Verification(checkpoint.path)
     try:
         _check_files(checkpoint, content, found)
         _check_data(checkpoint, content, found)
+        sound = found.ok
+        _check_side(checkpoint, content, found, beside)
         if content.get("kind") == "lora":
             found.skipped.append("nothing computed again: an extracted adapter is an approximation")
-        elif found.ok:
-            _recompute(checkpoint, content, against, sample, found)
+        elif sound:
+            _recompute(checkpoint, content, against, depth, found)
+        else:
+            found.skipped.append("nothing computed again: the weights are not those that were written")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, TaskvecError):
             raise
@@ -83,6 +110,14 @@ def check(output: str | os.PathLike[str], **options: Any) -> Verification:
     return found
 
 
+def _intruders(folder: Path) -> list[str]:
+    """What may be why the output does not open."""
+    try:
+        return intruders(folder, read_json(folder / RECORD))
+    except (CheckpointError, KeyError, TypeError):
+        return []
+
+
 def _record(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.folder is not None:
         path = checkpoint.folder / RECORD
@@ -91,7 +126,7 @@ def _record(checkpoint: Checkpoint) -> dict[str, Any]:
         return read_json(path)
     (shard,) = checkpoint.shards
     try:
-        content = json.loads(shard.metadata[METADATA_KEY])
+        content = parse_json(shard.metadata[METADATA_KEY])
         content["shards"] = [{"name": shard.path.name, "checksum": content["checksum"]}]
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{show(checkpoint.path)}: no record in its metadata: not an output of taskvec") from error
@@ -106,8 +141,6 @@ def _check_files(checkpoint: Checkpoint, content: dict[str, Any], found: Verific
         stray, missing = sorted((on_disk | set(present)) - set(recorded)), sorted(set(recorded) - set(present))
         found.problems += [f"{show(name)}: a weight file that the record does not list" for name in stray]
         found.problems += [f"{show(name)}: a weight file of the record that is missing" for name in missing]
-        absent = [name for name in content.get("side_files", []) if not exists(checkpoint.folder / name)]
-        found.problems += [f"{show(name)}: missing" for name in absent]
     for name in sorted(set(recorded) & set(present)):
         expected = recorded[name]
         if "nbytes" in expected and present[name].identity.size != expected["nbytes"]:
@@ -115,6 +148,13 @@ def _check_files(checkpoint: Checkpoint, content: dict[str, Any], found: Verific
         if "header_sha256" in expected and present[name].header_sha256 != expected["header_sha256"]:
             found.problems.append(f"{show(name)}: its header is not the one that was written")
     found.checks.append(f"structure: {counted(len(present), 'weight file')}, {counted(len(checkpoint.tensors), 'tensor')}")
+
+
+def _check_side(checkpoint: Checkpoint, content: dict[str, Any], found: Verification, beside: bool) -> None:
+    checks, problems, noted = check_side(checkpoint, content, beside)
+    found.checks += checks
+    found.problems += problems
+    found.skipped += noted
 
 
 def _check_data(checkpoint: Checkpoint, content: dict[str, Any], found: Verification) -> None:
@@ -175,123 +215,30 @@ def _recompute(
     checkpoint: Checkpoint,
     content: dict[str, Any],
     against: Sequence[str | os.PathLike[str]],
-    sample: int,
+    depth: _Depth,
     found: Verification,
 ) -> None:
+    """Against the inputs: which tensors there are, the side files, and the values of a sample or of all tensors."""
     try:
-        plan = _plan_again(checkpoint, content, [existing(path) for path in against])
+        plan = plan_again(checkpoint, content, [existing(path) for path in against])
     except TaskvecError as error:
-        if against:
+        if against or depth.full:
             raise
         found.skipped.append(f"nothing computed again: {error}")
         return
-    edited = [job for job in plan.jobs if not job.copied]
-    chosen = random.sample(edited, min(sample, len(edited)))
-    wrong = _differing(plan, checkpoint, {job.name for job in chosen})
-    found.problems += [
-        f"{show(name)}: is not {show(plan.formula)}: {count} elements differ, or an input changed"
-        for name, count in wrong.items()
-    ]
-    found.checks.append(f"computed again: {len(chosen)} of {len(edited)} edited tensors ({listing(j.name for j in chosen)})")
-
-
-def _differing(plan: Plan, checkpoint: Checkpoint, names: set[str]) -> dict[str, int]:
-    import numpy as np
-
-    from ..checkpoint.floats import words
-    from .jobs import tiles, unit_bytes
-    from .kernel import NumpyKernel
-    from .stream import Worker
-
-    files = InputFiles({**plan.identities, **{shard.path: shard.identity for shard in checkpoint.shards}})
-    wrong: dict[str, int] = {}
-    try:
-        worker = Worker(files, NumpyKernel)
-        for job in (job for job in plan.jobs if job.name in names):
-            stored = checkpoint.tensors[job.name]
-            for tile in tiles(job.dtype, job.shape, job.nbytes):
-                out, _ = worker.compute(job, (tile,), worker.read(job, (tile,)))
-                written = np.empty(len(out), np.uint8)
-                files.read(stored.path, written.data, stored.offset + tile.start * unit_bytes(job.dtype), job.name)
-                if different := int(np.count_nonzero(words(out, job.dtype) != words(written, job.dtype))):
-                    wrong[job.name] = wrong.get(job.name, 0) + different
-    finally:
-        files.close()
-    return wrong
-
-
-def _plan_again(checkpoint: Checkpoint, content: dict[str, Any], against: list[Path]) -> Plan:
-    home = checkpoint.path.resolve()
-    base = Checkpoint.open(_find(content["base"], home, against))
-    terms: list[tuple[float, DeltaSource]] = []
-    for term in content["vector"]:
-        terms.append((float(term["coefficient"]), _source_again(term, home, against)))
-    settings: dict[str, Any] = content["options"]
-    options = Options(
-        settings["out_dtype"], settings["max_shard_size"], tuple(settings["include"]), tuple(settings["exclude"])
-    )
-    vector, single_file = TaskVector(tuple(terms)), checkpoint.folder is None
-    if content.get("kind") == KIND:
-        return vector_plan(base, vector, options, single_file=single_file, names=set(checkpoint.tensors))
-    return make_plan(base, vector, options, single_file=single_file)
-
-
-def _source_again(term: dict[str, Any], home: Path, against: list[Path]) -> DeltaSource:
-    source = _input_again(term, home, against)
-    for view in term.get("through", []):
-        if "masks" in view:
-            source = Masked(source, Checkpoint.open(_find(view["masks"], home, against)))
-        elif "only" in view:
-            source = Selected(source, tuple(view["only"]), tuple(view["without"]))
-        else:
-            depth = None if view["depth"] is None else Depth(*map(float, view["depth"]))
-            patterns = tuple((str(pattern), float(value)) for pattern, value in view["patterns"])
-            source = Scaled(source, patterns, depth, float(view["otherwise"]))
-    return source
-
-
-def _input_again(term: dict[str, Any], home: Path, against: list[Path]) -> DeltaSource:
-    if "stored" in term:
-        return StoredVector.open(_find(term["stored"], home, against), force_base=bool(term["force_base"]))
-    if "adapter" in term:
-        adapter = open_adapter(_find(term["adapter"], home, against))
-        if adapter.config_sha256 != term["config_sha256"]:
-            raise CheckpointError(f"the config of adapter {show(adapter.label)} is another one by now")
-        if "origin" in term:
-            return adapter.trained_on(Checkpoint.open(_find(term["origin"], home, against)))
-        return adapter
-    tuned, origin = (Checkpoint.open(_find(term[key], home, against)) for key in ("tuned", "origin"))
-    return FineTune(tuned, origin)
-
-
-def _find(recorded: dict[str, Any], home: Path, against: list[Path]) -> Path:
-    """The recorded input among the places it can be: same files, same sizes, same headers."""
-    name = str(recorded["name"])
-    places = [
-        *against,
-        *([Path(os.path.normpath(home / recorded["from_output"]))] if "from_output" in recorded else []),
-    ]
-    if Path(name).name == name:
-        places += [home.parent / name, Path(name)]
-    if "revision" in recorded:
-        places.append(cached(str(recorded["repository"]), str(recorded["revision"])) / str(recorded["path"]))
-    for place in places:
-        if exists(place) and _is_recorded(place, recorded):
-            return place
-    raise CheckpointError(
-        f"input {show(name)} of {show(home.name)} was not found, or is another one by now",
-        hint="Say where it is with --against PATH",
-    )
-
-
-def _is_recorded(place: Path, recorded: dict[str, Any]) -> bool:
-    try:
-        folder = locate_peft(place)
-        opened = Checkpoint.open(place if folder is None else folder / ADAPTER_WEIGHTS)
-    except TaskvecError:
-        return False
-    found = {(s.path.name, s.identity.size, s.header_sha256) for s in opened.shards}
-    return found == {(f["name"], f["bytes"], f["header_sha256"]) for f in recorded["files"]}
+    if checkpoint.folder is not None and "files" in content:  # an older taskvec had other rules
+        found.problems += unlike_base(plan, checkpoint.folder)
+    unlike = list(unlike_plan(plan, checkpoint))
+    found.problems += unlike
+    if unlike:
+        return
+    edited = [job.name for job in plan.jobs if not job.copied]
+    copied = [job.name for job in plan.jobs if job.copied] if depth.full else []
+    chosen = edited if depth.full else random.sample(edited, min(depth.sample, len(edited)))
+    found.problems += found_wrong(plan, checkpoint, content, {*chosen, *copied})
+    found.checks.append(f"computed again: {len(chosen)} of {len(edited)} edited tensors ({listing(chosen)})")
+    if depth.full:
+        found.checks.append(f"compared with base: {counted(len(copied), 'copied tensor')}, byte for byte")
 
 
 __all__ = ["Verification", "check", "verify"]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from taskvec.checkpoint import files
+from taskvec.checkpoint import system as seam
 from taskvec.checkpoint.files import FileIdentity, InputFiles
 from taskvec.errors import CheckpointError, SourceChangedError, TaskvecError
 
@@ -68,7 +69,7 @@ def test_a_link_to_a_file_is_opened_as_the_file(source: Path, tmp_path: Path) ->
     (tmp_path / "link").symlink_to(source)
     fd = files.open_input(tmp_path / "link")
     try:
-        assert files.identity(fd) == pinned(source)
+        assert files.identity(fd, source) == pinned(source)
     finally:
         os.close(fd)
 
@@ -281,7 +282,7 @@ class Libc:
 def test_a_disk_too_small_is_found_before_the_work(
     number: int, descriptor: int, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_LIBC", Libc(number))
+    monkeypatch.setattr(seam, "_LIBC", Libc(number))
     with pytest.raises(TaskvecError, match=rf"in\.safetensors: cannot reserve 4096 bytes: {os.strerror(number)}"):
         files.reserve(descriptor, 4096, path=source)
 
@@ -290,7 +291,7 @@ def test_a_disk_too_small_is_found_before_the_work(
 def test_a_system_that_cannot_reserve_is_no_error(
     libc: object, descriptor: int, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_LIBC", libc)
+    monkeypatch.setattr(seam, "_LIBC", libc)
     files.reserve(descriptor, 4096, path=source)
     assert source.read_bytes() == CONTENT
 
@@ -384,7 +385,7 @@ SYSTEMS = [None, object(), Libc(errno.ENOSYS), Libc(errno.EINVAL), Libc(errno.EN
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """This system, and those without renameat2 or its flags."""
     if request.param is not None:
-        monkeypatch.setattr(files, "_LIBC", request.param)
+        monkeypatch.setattr(seam, "_LIBC", request.param)
 
 
 def folder(path: Path, content: str) -> Path:
@@ -426,32 +427,33 @@ def test_a_file_is_never_renamed_over_a_file(system: None, tmp_path: Path) -> No
 
 
 def test_an_error_of_the_rename_is_not_taken_for_an_old_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_LIBC", Libc(errno.EACCES))
+    monkeypatch.setattr(seam, "_LIBC", Libc(errno.EACCES))
     monkeypatch.setattr(os, "rename", lambda *args: pytest.fail("fell back"))
-    for rename in (files.rename_new, files.rename_exchange):
-        with pytest.raises(PermissionError):
-            rename(tmp_path / "staging", tmp_path / "out")
+    with pytest.raises(PermissionError):
+        files.rename_new(tmp_path / "staging", tmp_path / "out")
+    with pytest.raises(PermissionError):
+        files.rename_exchange(tmp_path / "staging", tmp_path / "out", tmp_path / "aside")
 
 
 def test_two_folders_swap_their_names(system: None, tmp_path: Path) -> None:
     staging, out = folder(tmp_path / "staging", "new"), folder(tmp_path / "out", "old")
-    files.rename_exchange(staging, out)
+    old = files.rename_exchange(staging, out, tmp_path / "aside")
     assert (out / "f").read_text() == "new"
-    assert (staging / "f").read_text() == "old"
-    assert sorted(os.listdir(tmp_path)) == ["out", "staging"]
+    assert (old / "f").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == sorted(["out", old.name]) and old.name in ("staging", "aside")
 
 
 def test_two_files_swap_their_names(system: None, tmp_path: Path) -> None:
     (tmp_path / "staging").write_text("new")
     (tmp_path / "out").write_text("old")
-    files.rename_exchange(tmp_path / "staging", tmp_path / "out")
-    assert ((tmp_path / "out").read_text(), (tmp_path / "staging").read_text()) == ("new", "old")
+    old = files.rename_exchange(tmp_path / "staging", tmp_path / "out", tmp_path / "aside")
+    assert ((tmp_path / "out").read_text(), old.read_text()) == ("new", "old")
 
 
 def test_a_swap_that_fails_leaves_the_old_one_under_its_name(system: None, tmp_path: Path) -> None:
     out = folder(tmp_path / "out", "old")
     with pytest.raises(FileNotFoundError):
-        files.rename_exchange(tmp_path / "absent", out)
+        files.rename_exchange(tmp_path / "absent", out, tmp_path / "aside")
     assert os.listdir(tmp_path) == ["out"]
     assert (out / "f").read_text() == "old"
 
@@ -459,7 +461,7 @@ def test_a_swap_that_fails_leaves_the_old_one_under_its_name(system: None, tmp_p
 def test_a_swap_with_nothing_is_refused(system: None, tmp_path: Path) -> None:
     staging = folder(tmp_path / "staging", "new")
     with pytest.raises(FileNotFoundError):
-        files.rename_exchange(staging, tmp_path / "absent")
+        files.rename_exchange(staging, tmp_path / "absent", tmp_path / "aside")
     assert os.listdir(tmp_path) == ["staging"]
 
 

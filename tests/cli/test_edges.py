@@ -103,14 +103,14 @@ def test_an_adapter_whose_config_changed_is_an_input_that_is_another_one_by_now(
 
 
 def test_a_side_file_that_grows_under_the_run_ends_it(here: Path, taskvec: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from taskvec.run import output
+    from taskvec.run import staging
 
-    plain = output.Staging.copy
+    plain = staging.Staging.copy
 
-    def copy(self: output.Staging, file: output.SideFile) -> None:
+    def copy(self: staging.Staging, file: staging.SideFile) -> None:
         plain(self, file._replace(nbytes=file.nbytes - 1) if file.name == "tokenizer.json" else file)
 
-    monkeypatch.setattr(output.Staging, "copy", copy)
+    monkeypatch.setattr(staging.Staging, "copy", copy)
     outcome = taskvec(*SUBTRACT, "-o", "out")
     assert outcome.code == 1 and "tokenizer.json: changed during the run" in outcome.err
     assert not (here / "out").exists()

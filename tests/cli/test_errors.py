@@ -16,8 +16,7 @@ import pytest
 from safetensors.torch import save_file
 
 import taskvec as tv
-from taskvec.checkpoint import files
-from taskvec.run import output, stream
+from taskvec.run import output, staging, stream
 
 from .conftest import INPUTS, Command, files_under, random_tensors, snapshot, write_adapter
 
@@ -196,7 +195,7 @@ def test_a_disk_that_is_too_small_is_refused_before_a_byte_is_written(
 ) -> None:
     usage = output.shutil.disk_usage(here)._replace(free=1000)
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(output.Staging, "__enter__", lambda self: pytest.fail("a folder was made"))
+    monkeypatch.setattr(staging.Staging, "__enter__", lambda self: pytest.fail("a folder was made"))
     outcome = taskvec(*RUN)
     assert outcome.code == 1 and "1000 are free" in outcome.err and "another disk" in outcome.err
 
@@ -319,6 +318,6 @@ def test_a_reader_that_goes_away_is_no_traceback(here: Path) -> None:
 def test_the_descriptors_of_a_failed_run_are_closed(taskvec: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     taskvec(*RUN[:-1], "warm")
     before = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(files, "write_all", fail_after(3, no_space, files.write_all))
+    monkeypatch.setattr(os, "pwrite", fail_after(4, no_space, os.pwrite))
     assert taskvec(*RUN).code == 1
     assert len(os.listdir("/proc/self/fd")) == before

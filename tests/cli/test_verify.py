@@ -28,7 +28,7 @@ def flip_last_bit(path: Path) -> None:
 def test_a_good_output_is_0_with_what_was_checked(taskvec: Command, out: Path) -> None:
     outcome = taskvec("verify", "out")
     assert outcome.code == 0 and outcome.err == ""
-    assert [line.split()[0] for line in outcome.out.splitlines()] == ["ok", "ok", "ok"]
+    assert [line.split()[0] for line in outcome.out.splitlines()] == ["ok", "ok", "ok", "ok"]
     assert "3 of 4 edited tensors" in outcome.out
 
 
@@ -39,6 +39,27 @@ def test_the_sample_is_as_large_as_asked(sample: int, taskvec: Command, out: Pat
 
 def test_a_negative_sample_is_a_usage_error(taskvec: Command, out: Path) -> None:
     assert taskvec("verify", "out", "--sample", "-1").code == 2
+
+
+def test_a_full_check_says_what_it_compared(taskvec: Command, out: Path) -> None:
+    outcome = taskvec("verify", "out", "--full")
+    assert outcome.code == 0 and outcome.err == ""
+    assert "4 of 4 edited tensors" in outcome.out and "1 copied tensor, byte for byte" in outcome.out
+
+
+def test_a_sample_and_everything_are_a_usage_error(taskvec: Command, out: Path) -> None:
+    outcome = taskvec("verify", "out", "--full", "--sample", "3")
+    assert outcome.code == 2 and "not both" in outcome.err
+
+
+def test_a_foreign_pickle_and_an_edited_record_are_3(taskvec: Command, out: Path) -> None:
+    (out / "pytorch_model.bin").touch()
+    outcome = taskvec("verify", "out")
+    assert outcome.code == 3 and outcome.err.startswith("taskvec: out: pytorch_model.bin: not of this output")
+    (out / "pytorch_model.bin").unlink()
+    (out / "taskvec.json").write_text((out / "taskvec.json").read_text().replace("0.3", "0.2"))
+    outcome = taskvec("verify", "out")
+    assert outcome.code == 3 and "taskvec.json: is not the record that was written" in outcome.err
 
 
 def test_a_difference_is_3_and_named_on_stderr(taskvec: Command, out: Path) -> None:
@@ -60,7 +81,7 @@ def test_a_missing_shard_and_a_missing_tokenizer_are_3_too(taskvec: Command, out
 def test_json_is_one_object_for_a_good_and_for_a_bad_output(taskvec: Command, out: Path) -> None:
     good = taskvec("verify", "out", "--json")
     content = json.loads(good.out)
-    assert content["ok"] is True and len(content["checks"]) == 3 and content["problems"] == content["skipped"] == []
+    assert content["ok"] is True and len(content["checks"]) == 4 and content["problems"] == content["skipped"] == []
     flip_last_bit(out / SECOND)
     bad = taskvec("verify", "out", "--json")
     assert bad.code == 3 and bad.out.count("\n") == 1

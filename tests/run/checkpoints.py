@@ -18,7 +18,7 @@ from taskvec.checkpoint.header import DTYPE_BITS, StoredTensor
 from taskvec.delta.source import DenseDelta
 from taskvec.run.jobs import Job, Term, tiles, unit_bytes
 from taskvec.run.kernel import Counts, ReadStored
-from taskvec.run.stream import Kernel
+from taskvec.run.worker import Kernel
 
 from .reference import MASKS, Change, Stored, unsigned
 

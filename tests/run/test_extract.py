@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import taskvec as tv
 from taskvec import Checkpoint, MismatchError, OutputError, TaskVector, UsageError
 from taskvec.checkpoint import files
-from taskvec.run import stream
+from taskvec.run import worker
 from taskvec.run.extract import vector_plan
 from taskvec.run.plan import Options
 
@@ -343,7 +343,7 @@ def test_an_extraction_that_ends_half_way_leaves_nothing(
     def fail(*arguments: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(stream.Worker, "write", fail)
+    monkeypatch.setattr(worker.Worker, "write", fail)
     for output in ("v.safetensors", "folder"):
         with pytest.raises((KeyboardInterrupt, OSError)):
             old.save(tmp_path / output)
@@ -357,6 +357,10 @@ def test_a_failed_overwrite_keeps_what_was_there(old: TaskVector, tmp_path: Path
     with pytest.raises(OutputError):
         (2 * old).save(tmp_path / "v.safetensors", overwrite=True)
     assert (tmp_path / "v.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    report = (2 * old).save(tmp_path / "v.safetensors", overwrite=True)  # with the file that was finished
+    assert "1 of 1 file taken from an interrupted run" in report.notes[0]
+    assert (tmp_path / "v.safetensors").read_bytes() != before
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
 

@@ -13,7 +13,8 @@ import taskvec as tv
 from taskvec.checkpoint import files
 from taskvec.checkpoint.folder import SideFile
 from taskvec.run import output
-from taskvec.run.output import Staging, Target, check_space, check_target
+from taskvec.run.output import Target, check_space, check_target
+from taskvec.run.staging import Staging
 
 from .checkpoints import write_file, write_model
 
@@ -276,9 +277,9 @@ def test_overwriting_swaps_the_names_in_one_step(here: Path, monkeypatch: pytest
     seen: list[bool] = []
     exchange = files.rename_exchange
 
-    def watched(source: Path, target: Path) -> None:
+    def watched(source: Path, target: Path, aside: Path) -> Path:
         seen.append(target.is_dir() and (source / "taskvec.json").exists())
-        exchange(source, target)
+        return exchange(source, target, aside)
 
     monkeypatch.setattr(files, "rename_exchange", watched)
     run("out", overwrite=True)

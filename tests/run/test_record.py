@@ -72,7 +72,7 @@ def test_the_recipe_names_every_input_by_name_size_and_header(here: Path) -> Non
 
 def test_the_recipe_keeps_the_options_that_change_the_output(here: Path) -> None:
     run(out_dtype="float64", max_shard_size="1GB", include=["*.w"], exclude=["b.*"])
-    expected = {"out_dtype": "float64", "max_shard_size": "1GB", "include": ["*.w"], "exclude": ["b.*"]}
+    expected = {"out_dtype": "float64", "max_shard_size": "1GB", "include": ["*.w"], "exclude": ["b.*"], "code": True}
     assert record(here / "out")["options"] == expected
 
 
@@ -130,6 +130,42 @@ def test_the_index_is_true_for_any_shards_and_dtype(here: Path) -> None:
     stored = [tensor for own in tensors.values() for tensor in own.values()]
     assert content["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in stored)
     assert content["metadata"]["total_parameters"] == sum(t.numel() for t in stored)
+
+
+def small_files(folder: Path) -> list[dict[str, Any]]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    names = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    del names["taskvec.json"]
+    sums = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in names.items()}
+    return [{"name": name, "bytes": size, "sha256": sha256} for name, (size, sha256) in sorted(sums.items())]
+
+
+def test_every_other_file_has_its_size_and_sha256(here: Path) -> None:
+    (here / "base" / "sub").mkdir()
+    (here / "base" / "sub" / "template.jinja").write_bytes(bytes(range(256)) * 9000)  # more than is read at once
+    (here / "base" / "empty.txt").touch()
+    run(max_shard_size=40)
+    found = sorted(record(here / "out")["files"], key=lambda entry: str(entry["name"]))
+    assert found == small_files(here / "out") and len(found) == 5
+
+
+def test_a_vector_and_an_extracted_adapter_list_their_other_files_too(here: Path) -> None:
+    base = tv.Checkpoint.open("base")
+    (tv.TaskVector.between(base, "old.safetensors")).save("vector", max_shard_size=20, fsync=False)
+    write_file(here / "layer.safetensors", {"up.weight": torch.eye(6)})
+    write_file(here / "zero.safetensors", {"up.weight": torch.zeros(6, 6)})
+    tv.extract_lora("zero.safetensors", "layer.safetensors", output="lora", rank=1, fsync=False)
+    for output, names in (("vector", ["vector.safetensors.index.json"]), ("lora", ["adapter_config.json"])):
+        found = record(here / output)["files"]
+        assert [entry["name"] for entry in found] == names and found == small_files(here / output)
+
+
+def test_the_seal_of_a_record_is_the_digest_of_all_else_in_it(here: Path) -> None:
+    run()
+    content = record(here / "out")
+    seal = content.pop("record_sha256")
+    canonical = json.dumps(content, sort_keys=True).encode("ascii")
+    assert seal == hashlib.sha256(canonical).hexdigest()
 
 
 def test_one_weight_file_needs_no_index(here: Path) -> None:

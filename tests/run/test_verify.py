@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import taskvec as tv
+from taskvec.run.record import sealed
 from taskvec.run.verify import check
 
 from ..delta.adapters import handmade
@@ -132,6 +134,39 @@ def _other_shard(here: Path) -> None:
     shutil.copy(here / "base" / FIRST, here / "out" / FIRST)
 
 
+def _replace_by_link(here: Path) -> None:
+    (here / "elsewhere.json").write_text("[1]")
+    (here / "out" / "tokenizer.json").unlink()
+    (here / "out" / "tokenizer.json").symlink_to(here / "elsewhere.json")
+
+
+def _replace_by_folder(here: Path) -> None:
+    (here / "out" / "tokenizer.json").unlink()
+    (here / "out" / "tokenizer.json").mkdir()
+
+
+def _change_index(here: Path, key: str) -> None:
+    path = here / "out" / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    content[key] = {**content.get(key, {}), "total_size": 1}
+    path.write_text(json.dumps(content))
+
+
+def _second_index(here: Path) -> None:
+    shutil.copy(here / "out" / "model.safetensors.index.json", here / "out" / "x.safetensors.index.json")
+
+
+def _edit_record(here: Path, change: Callable[[dict[str, Any]], object], seal: bool = False) -> None:
+    path = here / "out" / "taskvec.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(sealed(content) if seal else content))
+
+
+def _name_outside(content: dict[str, Any]) -> None:
+    content["side_files"] += ["../base/config.json"]
+
+
 def _truncate(here: Path) -> None:
     os.truncate(here / "out" / SECOND, (here / "out" / SECOND).stat().st_size - 1)
 
@@ -156,6 +191,25 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a stale whole model": (lambda here: write_file(here / "out" / "model.safetensors", BASE), "model.safetensors", "beside"),
     "a missing tokenizer": (lambda here: (here / "out" / "tokenizer.json").unlink(), "tokenizer.json", "missing"),
     "a missing config": (lambda here: (here / "out" / "config.json").unlink(), "config.json", "missing"),
+    "a tokenizer of the same length": (lambda here: flip(here / "out" / "tokenizer.json", 0), "tokenizer.json", "SHA-256"),
+    "a longer tokenizer": (lambda here: (here / "out" / "tokenizer.json").write_text("{} "), "tokenizer.json", "3 bytes"),
+    "a tokenizer linked elsewhere": (lambda here: _replace_by_link(here), "tokenizer.json", "bytes"),
+    "a folder for a tokenizer": (lambda here: _replace_by_folder(here), "tokenizer.json", "cannot be read"),
+    "a stale config": (lambda here: flip(here / "out" / "config.json", -2), "config.json", "SHA-256"),
+    "an index of other sizes": (lambda here: _change_index(here, "metadata"), "index.json", "metadata"),
+    "an index with one more key": (lambda here: _change_index(here, "more"), "index.json", "changed"),
+    "a pickle beside": (lambda here: (here / "out" / "pytorch_model.bin").touch(), "pytorch_model.bin", "loaders"),
+    "shards of another tool": (lambda here: (here / "out" / "consolidated.00.pth").touch(), "consolidated.00", "loaders"),
+    "a second index": (lambda here: _second_index(here), "x.safetensors.index.json", "loaders"),
+    "an index of pickles": (lambda here: (here / "out" / "pytorch_model.bin.index.json").touch(), "bin.index", "loaders"),
+    "an adapter's config": (lambda here: (here / "out" / "adapter_config.json").touch(), "adapter_config.json", "loaders"),
+    "another template": (lambda here: (here / "out" / "chat_template.jinja").touch(), "chat_template.jinja", "loaders"),
+    "code": (lambda here: (here / "out" / "modeling_x.py").touch(), "modeling_x.py", "loaders"),
+    "a record edited": (lambda here: _edit_record(here, lambda c: c["changes"].update(elements=9)), "taskvec.json", "edited"),
+    "a record reworded": (lambda here: _edit_record(here, lambda c: c.update(formula="?")), "taskvec.json", "edited"),
+    "a record unsealed": (lambda here: _edit_record(here, lambda c: c.pop("record_sha256")), "taskvec.json", "edited"),
+    "a record of no format": (lambda here: _edit_record(here, lambda c: c.pop("format")), "taskvec.json", "edited"),
+    "a file outside": (lambda here: _edit_record(here, _name_outside, seal=True), "../base/config.json", "leads out"),
     "a missing index": (lambda here: (here / "out" / "model.safetensors.index.json").unlink(), "out", "no index"),
 }  # fmt: skip
 
@@ -168,6 +222,95 @@ def test_damage_is_found_and_named(case: str, here: Path) -> None:
     found = tv.verify("out")
     assert not found.ok
     assert any(name in problem and reason in problem for problem in found.problems), found.problems
+
+
+def regions(path: Path) -> dict[str, int]:
+    """One byte of every part of a file of the output, by what it is of."""
+    raw = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return {f"{path.name}, byte {at}": at for at in {0, len(raw) // 2, len(raw) - 1}}
+    start = 8 + int.from_bytes(raw[:8], "little")
+    ends = [entry["data_offsets"][1] for name, entry in json.loads(raw[8:start]).items() if name != "__metadata__"]
+    places = {"length": 0, "brace": 8, "middle of the header": start // 2, "end of the header": start - 1}
+    places |= {f"first byte before {end}": start + end - 1 for end in ends} | {"first byte of the data": start}
+    return {f"{path.name}, {part}": at for part, at in places.items()}
+
+
+def test_a_flipped_bit_anywhere_in_the_output_is_found_and_its_file_named(here: Path) -> None:
+    found = 0
+    for path in sorted((here / "out").iterdir()):
+        for part, at in regions(path).items():
+            before = path.read_bytes()
+            flip(path, at)
+            try:
+                problems = tv.verify("out", sample=0).problems
+            except tv.CheckpointError as error:
+                problems = [str(error)]
+            if path.name == "README.md":
+                assert problems == []
+            else:
+                assert any(path.name in problem for problem in problems), (part, problems)
+            path.write_bytes(before)
+            found += 1
+    assert found > 20 and tv.verify("out").ok
+
+
+def test_an_edited_card_is_no_problem_and_is_said(here: Path) -> None:
+    (here / "out" / "README.md").write_text("# mine")
+    found = tv.verify("out")
+    assert found.ok and any("README.md" in line and "as people may" in line for line in found.skipped)
+
+
+def test_a_file_that_no_loader_takes_is_no_problem_and_is_said(here: Path) -> None:
+    (here / "out" / "notes.txt").touch()
+    (here / "out" / "eval").mkdir()
+    (here / "out" / "eval" / "results.json").touch()
+    found = tv.verify("out")
+    assert found.ok
+    assert [line for line in found.skipped if "not of this output" in line] == [
+        "eval/results.json: not of this output", "notes.txt: not of this output",
+    ]  # fmt: skip
+
+
+def test_a_record_of_an_older_taskvec_is_checked_as_far_as_it_goes(here: Path) -> None:
+    def older(content: dict[str, Any]) -> None:
+        del content["files"], content["record_sha256"], content["options"]["code"]
+        content["format"] = 1
+
+    _edit_record(here, older)
+    found = tv.verify("out", full=True)
+    assert found.ok and found.skipped == [
+        "contents of side files: taskvec.json is of an older taskvec and has no checksums of them"
+    ]
+    config = (here / "out" / "config.json").read_text().replace("{", '{"_name_or_path": "/a/place", ', 1)
+    for folder in ("base", "out"):  # which was copied as it is
+        (here / folder / "config.json").write_text(config)
+    assert tv.verify("out", full=True).ok
+    (here / "out" / "tokenizer.json").unlink()
+    flip(here / "out" / FIRST, -1)
+    assert len(tv.verify("out").problems) == 2
+
+
+def _record_anew(here: Path, name: str) -> None:
+    """The record says what the file is now."""
+    raw = (here / "out" / name).read_bytes()
+    now = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    _edit_record(here, lambda c: next(own for own in c["files"] if own["name"] == name).update(now), seal=True)
+
+
+def test_a_config_that_fits_its_record_and_not_the_base_is_found(here: Path) -> None:
+    """As after an edit of both, or of the base: then the record says nothing, and the base does."""
+    path = here / "out" / "config.json"
+    path.write_text(path.read_text().replace("llama", "gemma"))
+    _record_anew(here, "config.json")
+    assert tv.verify("out").problems == ["config.json: is not that of base, or that one changed since"]
+
+
+def test_an_index_that_fits_its_record_and_not_the_shards_is_found(here: Path) -> None:
+    _change_index(here, "metadata")
+    _record_anew(here, "model.safetensors.index.json")
+    (problem,) = tv.verify("out").problems
+    assert problem.startswith("model.safetensors.index.json: metadata {") and "'total_size': 1" in problem
 
 
 def test_damage_of_a_single_file_is_found(here: Path) -> None:
@@ -191,7 +334,7 @@ def forge(here: Path) -> None:
     path = here / "out" / "taskvec.json"
     content = json.loads(path.read_text())
     next(shard for shard in content["shards"] if shard["name"] == FIRST)["checksum"] = checksum
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(sealed(content)))
 
 
 def test_values_that_are_not_the_formula_are_found_by_computing_them_again(here: Path) -> None:
@@ -212,6 +355,51 @@ def test_the_sample_is_as_large_as_asked_and_another_each_time(here: Path) -> No
     assert all("computed again: 2 of 5 edited tensors" in line for line in lines)
     assert len(lines) > 1
     assert "computed again: 0 of 5" in tv.verify("out", sample=0).checks[-1]
+
+
+def test_all_of_it_is_computed_again_and_compared_when_asked(here: Path) -> None:
+    found = tv.verify("out", full=True)
+    assert found.ok and found.skipped == []
+    assert "computed again: 5 of 5 edited tensors" in found.checks[-2]
+    assert found.checks[-1] == "compared with base: 1 copied tensor, byte for byte"
+
+
+def test_a_copied_tensor_that_fits_its_record_and_not_the_base_is_found_when_all_is_compared(here: Path) -> None:
+    shard = next(path for path in (here / "out").glob("*.safetensors") if "ids" in load_file(path))
+    rewrite(shard, ids=torch.tensor([0, 1, 2, 4]))
+    checksum = tv.verify("out", sample=0).problems[0].partition("checksum ")[2].partition(",")[0]
+    entry = lambda c: next(own for own in c["shards"] if own["name"] == shard.name)  # noqa: E731
+    _edit_record(here, lambda c: entry(c).update(checksum=checksum), seal=True)
+    assert tv.verify("out", sample=100).ok
+    (problem,) = tv.verify("out", full=True).problems
+    assert problem == "ids: is not base's: 1 byte different, or base changed"
+
+
+def test_numbers_of_the_record_that_are_not_those_of_the_edit_are_found(here: Path) -> None:
+    _edit_record(here, lambda c: c["tensors"]["h.1.w"].update(changed=31), seal=True)
+    (problem,) = tv.verify("out", full=True).problems
+    assert problem.startswith("h.1.w: the record says {'changed': 31} of it, and it is {'changed': 32}")
+
+
+@pytest.mark.parametrize("kind", ["vector", "vector.safetensors", "out.safetensors"])
+def test_vectors_and_single_files_are_compared_as_a_whole_too(kind: str, here: Path) -> None:
+    if kind.startswith("vector"):
+        tv.TaskVector.between(tv.Checkpoint.open("base"), "old").save(kind, fsync=False)
+    else:
+        run(kind)
+    found = tv.verify(kind, full=True)
+    assert found.ok and found.skipped == [] and "byte for byte" in found.checks[-1]
+
+
+def test_a_sample_and_everything_exclude_each_other(here: Path) -> None:
+    with pytest.raises(tv.UsageError, match="not both"):
+        tv.verify("out", sample=3, full=True)
+
+
+def test_everything_cannot_be_compared_without_the_inputs_and_that_is_an_error(here: Path) -> None:
+    shutil.rmtree(here / "base")
+    with pytest.raises(tv.CheckpointError, match="input base of out was not found"):
+        tv.verify("out", full=True)
 
 
 # --- inputs that went away --------------------------------------------------------------------------------------------
@@ -356,5 +544,9 @@ def test_an_extracted_adapter_is_checked_for_its_bytes(tmp_path: Path, monkeypat
     tv.extract_lora("base", "old", output="adapter", rank=2, fsync=False)
     found = tv.verify("adapter")
     assert found.ok and any("approximation" in line for line in found.skipped)
+    config = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(config.replace('"lora_alpha": 2', '"lora_alpha": 3'))
+    assert [problem.partition(", ")[0][:22] for problem in tv.verify("adapter").problems] == ["adapter_config.json: S"]
+    (tmp_path / "adapter" / "adapter_config.json").write_text(config)
     change_one_value(Path("adapter"))
     assert any("checksum" in problem for problem in tv.verify("adapter").problems)

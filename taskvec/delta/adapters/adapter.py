@@ -20,6 +20,7 @@ from .names import Finder, map_names
 from .stacks import Part, Stack, find_stacks, whole
 from .tied import Ties
 
+_LONGEST_NAME = 1000  # characters; the expressions that take names apart are not made for more
 _WIDEST_ROW = 1 << 17  # elements; a wider row may be cut into several tiles (run/jobs.py)
 # transformers.pytorch_utils.Conv1D in the GPT-2 family
 _CONV1D_WEIGHTS = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight", ".q_attn.weight")
@@ -373,6 +374,15 @@ class _Matched:
             f"trained on, but differs from the one in {show(origin.path)}",
             hint="Name the model it was trained on with --base",
         )
+
+
+def refuse_long_names(weights: Checkpoint) -> None:
+    for tensor in weights.tensors.values():
+        if len(tensor.name) > _LONGEST_NAME:
+            raise AdapterError(
+                f"{show(tensor.path)}: tensor {show(tensor.name, 60)}: a name of {len(tensor.name):,} characters, "
+                f"expected at most {_LONGEST_NAME:,} in an adapter"
+            )
 
 
 def _wanted(module: Module) -> list[str]:

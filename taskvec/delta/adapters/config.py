@@ -6,17 +6,17 @@ import hashlib
 import re
 import sys
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.files import exists
-from ...checkpoint.locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from ...checkpoint.locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LARGEST_CONFIG, read_json
 from ...errors import AdapterError, CheckpointError, show
-from .patterns import pattern_matches
+from .patterns import Patterns
 
 MERGE_FIRST = "Merge it with PEFT (merge_and_unload, save_pretrained) and subtract the merged model"
-_LONGEST_PATTERN = 1000  # characters; a module name has about 50
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class AdapterFolder:
     config: dict[str, Any] = field(compare=False)
     weights: Checkpoint
     config_sha256: str
+
+    @cached_property
+    def _patterns(self) -> dict[str, Patterns]:
+        return {}
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFolder:
@@ -43,7 +47,7 @@ class AdapterFolder:
                 f"{show(folder)}: no {ADAPTER_WEIGHTS}" + (", only a pickle (adapter_model.bin)" if pickled else ""),
                 hint="taskvec never opens pickles; load it with PEFT and save it again" if pickled else None,
             )
-        config = read_json(config_path)
+        config = read_json(config_path, LARGEST_CONFIG)
         digest = hashlib.sha256(repr(sorted(config.items())).encode("utf-8", "backslashreplace")).hexdigest()
         weights = replace(Checkpoint.open(weights_path), path=folder, folder=folder)
         return cls(folder, config, weights, digest)
@@ -66,7 +70,8 @@ class AdapterFolder:
         name = self.config.get("base_model_name_or_path")
         if not isinstance(name, str) or not name:
             return None
-        return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", "~", ".")) or name.count("/") > 1 else name
+        is_path = name.startswith(("/", "~", ".")) or name.count("/") > 1 or "\\" in name
+        return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
 
     @property
     def quantized_base(self) -> str | None:
@@ -92,17 +97,15 @@ class AdapterFolder:
         patterns = self.config.get(key) or {}
         if not isinstance(patterns, dict):
             raise self.refuse(f"{key} is {type(patterns).__name__}, expected an object")
-        for pattern, value in patterns.items():
-            if self._matches(key, pattern, module):
-                return self.number(f"{key}[{pattern}]", value)
+        found = self._first_match(key, module) if patterns else None
+        if found is not None:
+            return self.number(f"{key}[{found}]", patterns[found])
         return self.number(field, self.config.get(field, default))
 
-    def _matches(self, key: str, pattern: str, module: str) -> bool:
+    def _first_match(self, key: str, module: str) -> str | None:
         try:
-            if len(pattern) > _LONGEST_PATTERN:
-                raise ValueError(f"{len(pattern)} characters, expected at most {_LONGEST_PATTERN}")
-            return pattern_matches(pattern, module)
-        except (ValueError, re.error) as error:
-            raise self.refuse(
-                f"{key}: pattern {show(pattern)} is not understood ({show(error)})", hint="Write out the module names"
-            ) from error
+            if key not in self._patterns:
+                self._patterns[key] = Patterns(self.config[key])
+            return self._patterns[key].first(module)
+        except ValueError as error:
+            raise self.refuse(f"{key}: {error}", hint="Write out the module names") from error

@@ -12,13 +12,13 @@ its component (`unet.lora_alpha`; diffusers 0.42, loaders/lora_base.py). Without
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.locate import parse_json
 from ...errors import AdapterError, listing, show
 from .config import AdapterFolder
 from .names import peft_name
@@ -79,8 +79,8 @@ def _of_component(content: Mapping[str, Any], component: str) -> dict[str, Any]:
 
 def _content(text: str | None, path: object) -> dict[str, Any]:
     try:
-        content = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text or "{}")
+    except ValueError as error:
         raise AdapterError(f"{show(path)}: {METADATA} is not JSON ({show(error)})") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{show(path)}: {METADATA} is a JSON {type(content).__name__}, expected an object")

@@ -21,6 +21,7 @@ _HEADS = {"lm_head.weight", "lm_head.bias"}  # beside the body that a prefix nam
 _PREFIX = re.compile(r"^base_model\.(?:model\.)?")
 _ANOTHER = "The adapter belongs to another model"
 _JUDGED_BY = 300  # names; enough to tell which rule to blame for the rest
+_MOST_JUDGED = 100_000  # names under rules; a base without common first components has a rule for each of its tensors
 
 Steps = tuple[tuple[str, str], ...]
 _VIT: Steps = (
@@ -172,10 +173,15 @@ def names_on_disk(names: Iterable[str], base: Collection[str]) -> Mapping[str, s
     none is found."""
     wanted = list(dict.fromkeys(names))
     heads = {name for name in _HEADS if name in base}
-    judged = wanted[:: -(-len(wanted) // _JUDGED_BY) or 1]
-    rule = max(_rules(base), key=lambda rule: len({rule(name, heads) for name in judged}.intersection(base)))
+    rules = list(_rules(base))
+    judged = wanted[:: -(-len(wanted) // _judged_by(rules)) or 1]
+    rule = max(rules, key=lambda rule: len({rule(name, heads) for name in judged}.intersection(base)))
     found = {name: target for name in wanted if (target := rule(name, heads)) in base}
     return found if 2 * len(found) > min(len(wanted), len(base)) else {}
+
+
+def _judged_by(rules: Collection[_Rule]) -> int:
+    return max(1, min(_JUDGED_BY, _MOST_JUDGED // len(rules)))
 
 
 class _Rule(NamedTuple):
@@ -207,7 +213,8 @@ def _rules(base: Collection[str]) -> Iterator[_Rule]:
 def _unmatched(
     wanted: list[str], base: Collection[str], rules: list[_Rule], heads: Collection[str], adapter: object, path: object
 ) -> NameMismatchError:
-    best = max(rules, key=lambda rule: sum(rule(name, heads) in base for name in wanted[:_JUDGED_BY]))
+    judged = wanted[: _judged_by(rules)]
+    best = max(rules, key=lambda rule: sum(rule(name, heads) in base for name in judged))
     unmatched = [name for name in wanted if best(name, heads) not in base]
     hint = "Nothing is merged in part; is this its base?" if len(unmatched) < len(wanted) else _ANOTHER
     if any(best(name, heads).removesuffix("weight") + "in_proj_weight" in base for name in unmatched):

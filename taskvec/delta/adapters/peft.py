@@ -16,7 +16,7 @@ from ...checkpoint.checkpoint import same_bytes
 from ...checkpoint.header import StoredTensor
 from ...errors import AdapterError, listing, show
 from ..source import FLOATS
-from .adapter import Adapter, Family, Module
+from .adapter import Adapter, Family, Module, refuse_long_names
 from .config import MERGE_FIRST, AdapterFolder
 from .names import peft_name
 
@@ -35,6 +35,7 @@ _OF_AN_ADAPTER = re.compile(
 def open_peft(folder: AdapterFolder, family: Family) -> Adapter:
     """Raises AdapterError naming what the family does not cover, half pairs and unknown tensors included."""
     check_config(folder, family)
+    refuse_long_names(folder.weights)
     modules: dict[str, dict[str, StoredTensor]] = {}
     shared: dict[str, StoredTensor] = {}
     values: dict[str, StoredTensor] = {}

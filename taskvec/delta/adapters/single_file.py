@@ -22,7 +22,7 @@ from ...checkpoint.files import InputFiles
 from ...checkpoint.header import StoredTensor
 from ...errors import AdapterError, counted, listing, show
 from ..source import FLOATS
-from .adapter import Adapter, Family, Module
+from .adapter import Adapter, Family, Module, refuse_long_names
 from .components import find, place
 from .diffusers import METADATA, Settings, modern_name, settings_of
 from .peft import check_config
@@ -68,6 +68,7 @@ class _Found:
 def open_single_file(source: str | os.PathLike[str]) -> SingleFile:
     """Reads the header, and the value of every `alpha`. Raises AdapterError naming what is not covered."""
     weights = Checkpoint.open(source)
+    refuse_long_names(weights)
     found = {name: _found(name, tensors, weights) for name, tensors in _by_module(weights).items()}
     settings = _settings(weights, found)
     _refuse_without_scale(weights, found, settings)

@@ -15,7 +15,7 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.header import StoredTensor
 from ...errors import ShapeMismatchError, show
 
-_MATRIX = re.compile(r"(.+\.experts)\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight")
+_MATRIX = re.compile(r"(.+\.experts)\.([0-9]{1,9})\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight")
 _PIECES = {  # parameter in memory -> the matrices of one expert that it is made of, from its first row to its last
     "gate_up_proj": (("w1", "w3"), ("gate_proj", "up_proj")),
     "up_proj": (("up_proj",),),  # nemotron_h: experts without a gate

@@ -64,10 +64,11 @@ def _renamed(base: Collection[str], prefix: str, pairs: Iterable[tuple[str, str]
     others: dict[str, list[str]] = {}
     for name, other in pairs:
         others.setdefault(name, []).append(other)
+    deepest = 1 + max(name.count(".") for name in others)
     found = {}
     for name in base:
         parts = name.removeprefix(prefix).split(".") if name.startswith(prefix) else []
-        for size in range(len(parts) - 1, 0, -1):  # the longest module that has a name of its own
+        for size in range(min(len(parts) - 1, deepest), 0, -1):  # the longest module that has a name of its own
             if (module := ".".join(parts[:size])) in others:
                 found.update({".".join((other, *parts[size:])): name for other in others[module]})
                 break

@@ -24,7 +24,7 @@ from ...checkpoint.locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ...errors import AdapterError, UsageError, show
 from ..edited import PathLike
 from ..jobs import Job, unit_bytes
-from ..output import RECORD, Staging, Target
+from ..output import RECORD, Target
 from ..plan import OUT_DTYPES, human_bytes, parse_bytes
 from .file import AdapterFile
 from .layout import Layer, config
@@ -149,7 +149,8 @@ def extract_lora(
         exclude=exclude, prefix=prefix, overwrite=overwrite,
     )  # fmt: skip
     from ..device import open_device
-    from ..record import as_json
+    from ..record import as_json, finished
+    from ..staging import Staging
 
     where = open_device(device)
     workers = lora_workers(plan, where, jobs, memory)
@@ -160,7 +161,7 @@ def extract_lora(
             found = tuple(_factored(plan, _places(where), workers, writer, extracted))
             writer.finish(_ranks(found))
         staging.write(ADAPTER_CONFIG, as_json(config(plan.base, plan.layout, _ranks(found), plan.settings.prefix)))
-        staging.write(RECORD, as_json(_record(plan, target, found, writer, where)))
+        staging.write(RECORD, finished(_record(plan, target, found, writer, where), staging.path))
         staging.commit(overwrite=overwrite)
     return ExtractedLora(
         output=target.path,

@@ -155,7 +155,7 @@ def difference(plan: Plan, job: Job) -> Iterator[tuple[int, Raw, int]]:
     """Δ of one tensor in float32, tile by tile: the first element of the tile, its bytes (valid until the next), and how
     many of its elements are not zero."""
     from ..native import cpu_kernel
-    from ..stream import Worker
+    from ..worker import Worker
 
     inputs = InputFiles(plan.identities)
     try:
