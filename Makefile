@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo f-learning test lint types bench clean
+.PHONY: demo f-learning test lint types bench fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart/run.py
@@ -26,6 +26,15 @@ types: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py --size 110m --rounds 3
 
+# Every fuzz target for FUZZ_SECONDS; what is found lies in fuzz-corpus, and is where the next run begins.
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.installed
+	for target in header index adapter_config single_file pattern; do \
+		mkdir -p fuzz-corpus/$$target && \
+		$(BIN)/python -m tests.fuzz.run $$target -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=fuzz-corpus/ \
+			fuzz-corpus/$$target || exit 1; \
+	done
+
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py taskvec/run/native.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
@@ -33,4 +42,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py taskvec/run/na
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out f-learning-out
+	rm -rf $(VENV) demo-out f-learning-out fuzz-corpus

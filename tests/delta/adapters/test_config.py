@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import taskvec as tv
 from taskvec.delta.adapters import FAMILIES, open_adapter
 from taskvec.delta.adapters.config import AdapterFolder
-from taskvec.delta.adapters.patterns import pattern_matches
+from taskvec.delta.adapters.patterns import Patterns
 
 from .handmade import lora, write_adapter, write_base
 
@@ -112,6 +112,10 @@ def test_a_quantised_base_is_known_by_its_name(name: object, quantised: bool, tm
 # --- patterns ---------------------------------------------------------------------------------------------------------
 
 
+def pattern_matches(pattern: str, module: str) -> bool:
+    return Patterns([pattern]).first(module) is not None
+
+
 def by_peft(pattern: str, module: str) -> bool:
     """PEFT 0.21, utils/other.py, get_pattern_key."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
@@ -141,6 +145,19 @@ def test_any_pattern_is_matched_as_by_re_or_not_understood(pattern: str, module:
     except (ValueError, re.error):
         return
     assert found == by_peft(pattern, module)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from([*_PIECES, "c", r"\|"]), max_size=5).map("".join), max_size=6),
+    st.text("abc._0|", max_size=8),
+)
+def test_the_first_of_several_patterns_is_the_one_that_peft_takes(patterns: list[str], module: str) -> None:
+    try:
+        found = Patterns(patterns).first(module)
+    except ValueError:
+        return
+    assert found == next((pattern for pattern in patterns if by_peft(pattern, module)), None)
 
 
 def test_the_patterns_that_are_not_understood_are_few() -> None:
