@@ -36,7 +36,7 @@ NUMPY_ALONE = (
     "from pathlib import Path; from taskvec.run import native; native.LIBRARY = Path('absent'); "
     "from taskvec.cli.main import main; main()",
 )  # fmt: skip
-LOSES = re.compile(r"taskvec: \S+: (another run is making it|exists already|appeared while this run was writing)[^\n]*\n")
+LOSES = re.compile(r"taskvec: \S+: (another run is making it|exists already|appeared after this run began)[^\n]*\n")
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
 Words = NDArray[np.uint16]
 _BLOCK = 1 << 26  # bytes compared at once

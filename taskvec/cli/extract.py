@@ -59,6 +59,7 @@ def extract(
     if as_json:
         print_json(saved.summary())
     elif not quiet:
+        progress.note(saved.notes)
         _print(saved)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,6 +28,7 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._files = 0
+        self._noted: set[str] = set()
         self._total = 0
         self._started = time.perf_counter()
 
@@ -37,11 +39,16 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def note(self, notes: Iterable[str]) -> None:
+        """Print those that were not printed yet."""
+        for note in notes if not self._silent else ():
+            if note not in self._noted:
+                self._noted.add(note)
+                click.echo(f"note: {note}", err=True)
+
     def planned(self, plan: Plan) -> None:
         """Print the notes, then start the bar."""
-        if not self._silent:
-            for note in plan.notes:
-                click.echo(f"note: {note}", err=True)
+        self.note(plan.notes)
         self._total = len(plan.shards)
         if not self._live:
             return

@@ -206,8 +206,8 @@ class EditedCheckpoint:
             plan=plan,
             changes=record.changes(plan, result),
             tensors=record.tensor_changes(plan, result),
-            bytes_read=plan.bytes_to_read,
-            bytes_written=plan.bytes_to_write,
+            bytes_read=sum(s.size if s.name in result.reused else s.bytes_to_read for s in plan.shards),
+            bytes_written=plan.bytes_to_write - sum(s.size for s in plan.shards if s.name in result.reused),
             seconds=seconds,
             device=where.name,
             notes=tuple(result.notes),
@@ -257,7 +257,7 @@ def _write(plan: Plan, target: Target, settings: Settings, device: str, overwrit
     from .staging import Staging
 
     identity = identify(plan, device, sha256=settings.sha256)
-    with Staging(target, fsync=settings.fsync, run=(plan, identity)) as staging:
+    with Staging(target, fsync=settings.fsync, overwrite=overwrite, run=(plan, identity)) as staging:
         result = stream.execute(plan, staging.path, settings, staging.journal)
         result.notes += staging.notes
         if not target.single_file:
@@ -268,7 +268,7 @@ def _write(plan: Plan, target: Target, settings: Settings, device: str, overwrit
                 staging.write(f"{stem}.safetensors.index.json", record.index_json(plan))
             staging.write("README.md", card(plan, result))
             staging.write(RECORD, record.finished(record.full_record(plan, result, target.path), staging.path))
-        staging.commit(overwrite=overwrite)
+        staging.commit()
     return result
 
 

@@ -137,7 +137,7 @@ def save_vector(
         formula=formula(vector).removeprefix("+ "),
         tensors=tuple(kept),
         zero=tuple(zero),
-        bytes_written=plan.bytes_to_write,
+        bytes_written=plan.bytes_to_write - sum(s.size for s in plan.shards if s.name in result.reused),
         seconds=time.perf_counter() - started,
         notes=(*plan.notes, *result.notes),
         warnings=tuple(_warnings(plan, result, differing)),
@@ -262,7 +262,7 @@ def _write(plan: Plan, target: Target, settings: Settings, device: str, overwrit
     from .staging import Staging
 
     identity = identify(plan, device, sha256=settings.sha256)
-    with Staging(target, fsync=settings.fsync, run=(plan, identity)) as staging:
+    with Staging(target, fsync=settings.fsync, overwrite=overwrite, run=(plan, identity)) as staging:
         result = stream.execute(plan, staging.path, settings, staging.journal)
         result.notes += staging.notes
         if not target.single_file:
@@ -270,7 +270,7 @@ def _write(plan: Plan, target: Target, settings: Settings, device: str, overwrit
                 staging.write("vector.safetensors.index.json", record.index_json(plan))
             about = json.loads(plan_metadata(plan))
             staging.write(RECORD, record.finished({**about, **record.outcome(plan, result)}, staging.path))
-        staging.commit(overwrite=overwrite)
+        staging.commit()
     return result
 
 

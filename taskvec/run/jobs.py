@@ -76,6 +76,10 @@ class ShardPlan(NamedTuple):
     jobs: tuple[Job, ...]
     size: int
 
+    @property
+    def bytes_to_read(self) -> int:
+        return sum(t.nbytes for job in self.jobs for t in (*job.elementwise, *job.factors, *job.surveyed))
+
 
 class Tile(NamedTuple):
     """A run of units (elements; bytes, if not floats) of one tensor, row-major: whole rows, or a part of one row.

@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,8 +157,13 @@ def _is_own_folder(path: Path) -> bool:
 
 def held(target: Target) -> int:
     """Bytes on disk that runs that ended hold for that output: they will be used, or be free."""
-    inside = (path for room in leftovers(target) for path in room.rglob("*"))
-    return sum(path.lstat().st_blocks * 512 for path in inside if path.is_file() and not path.is_symlink())
+    total = 0
+    for folder, _, names in (found for room in leftovers(target) for found in os.walk(room)):
+        for name in names:
+            with suppress(FileNotFoundError):  # of a run that just ends
+                status = os.lstat(os.path.join(folder, name))
+                total += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
+    return total
 
 
 def staging_prefix(target: Target) -> str:

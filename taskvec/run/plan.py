@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def bytes_to_read(self) -> int:
-        return sum(t.nbytes for job in self.jobs for t in (*job.elementwise, *job.factors, *job.surveyed))
+        return sum(shard.bytes_to_read for shard in self.shards)
 
     @property
     def bytes_to_write(self) -> int:

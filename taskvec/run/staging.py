@@ -36,10 +36,13 @@ class Staging:
     """A folder beside the target that becomes it, as a context manager. What was not committed is removed, but for files
     that a journal knows as finished."""
 
-    def __init__(self, target: Target, *, fsync: bool, run: tuple[Plan, RunIdentity] | None = None) -> None:
+    def __init__(
+        self, target: Target, *, fsync: bool, overwrite: bool = False, run: tuple[Plan, RunIdentity] | None = None
+    ) -> None:
         """`run`: what is made, if it may go on where an earlier one of the same identity was ended."""
         self._target = target
         self._fsync = fsync
+        self._overwrite = overwrite
         self._run = run
         self._home = target.relative.parent
         self.journal: Journal | None = None
@@ -67,6 +70,8 @@ class Staging:
                     system.again(system.calls.mkdir, folder)
             self._replaced = _identity(self._target.path)
             self._settle()
+            if not self._overwrite and os.path.lexists(self._target.path):
+                raise self._appeared()
             self._open_journal()
         except BaseException as error:
             if not self._taken_over:
@@ -128,18 +133,18 @@ class Staging:
         finally:
             files.close_input(source)
 
-    def commit(self, *, overwrite: bool) -> None:
+    def commit(self) -> None:
         """Flush the folders and rename: from here on the output is there, whole.
 
         Raises OutputExistsError when something appeared under that name meanwhile; nothing of it is touched.
         """
-        made = next(self.path.iterdir()) if self._target.single_file else self.path
         if self._fsync:
             for folder in (path for path in (self.path, *self.path.rglob("*")) if path.is_dir()):
                 files.sync_folder(folder)
         try:
+            made = next(self.path.iterdir()) if self._target.single_file else self.path
             with uninterrupted():  # between the rename and the end of the old one there is no half-way
-                if overwrite and self._replaced is not None and os.path.lexists(self._target.path):
+                if self._overwrite and self._replaced is not None and os.path.lexists(self._target.path):
                     self._exchange(made)
                 else:
                     files.rename_new(made, self._target.path)
@@ -172,7 +177,7 @@ class Staging:
 
     def _appeared(self) -> OutputExistsError:
         return OutputExistsError(
-            f"{show(self._target.typed)}: appeared while this run was writing; it is left as it is",
+            f"{show(self._target.typed)}: appeared after this run began; it is left as it is",
             hint="Name another output, or run again with --overwrite",
         )
 
@@ -208,7 +213,8 @@ class Staging:
         """The folders whose runs have ended, locked until the block ends. Raises when one lives."""
         found = []
         for room in leftovers(self._target):
-            lock = _open_lock(room)
+            if (lock := _lock_of(room)) is None:
+                continue
             locks.callback(files.close_input, lock)
             taken = files.lock(lock)
             if taken is False:
@@ -218,14 +224,18 @@ class Staging:
         return found
 
     def _new_room(self) -> None:
+        """FileNotFoundError when another run took it for one that has ended, before it was locked."""
         self._room = self._new_name()
         system.again(system.calls.mkdir, self._room)
-        lock = _open_lock(self._room)
-        if files.lock(lock) is False:  # another run took it for one that has ended
+        lock = _open_lock(self._room, os.O_CREAT)
+        try:
+            if files.lock(lock) is False:
+                raise FileNotFoundError(self._room)
+            system.again(system.calls.mkdir, self.path)
+        except BaseException:
             files.close_input(lock)
-            return
+            raise
         self._lock = lock
-        system.again(system.calls.mkdir, self.path)
 
     def _is_same_run(self, room: Path) -> bool:
         """Whether the run that left this folder was the one that is made now; if not, it is said what goes."""
@@ -293,8 +303,17 @@ class _Ended(NamedTuple):
     lock: int
 
 
-def _open_lock(room: Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+def _lock_of(room: Path) -> int | None:
+    """Never made anew: a folder that is being removed would stay. One without a lock is being removed, was left by a run
+    that was killed meanwhile, or was made this moment: then that run makes itself another."""
+    with suppress(FileNotFoundError):
+        return _open_lock(room)
+    shutil.rmtree(room, ignore_errors=True)
+    return None
+
+
+def _open_lock(room: Path, create: int = 0) -> int:
+    flags = os.O_RDWR | create | os.O_NOFOLLOW | os.O_CLOEXEC
     fd: int = system.again(system.calls.open, room / _LOCK, flags, 0o600)
     return fd
 

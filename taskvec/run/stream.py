@@ -40,11 +40,12 @@ class ShardResult(NamedTuple):
 
 @dataclass
 class RunResult:
-    """`counts` by the name of every edited tensor, and of every copied one that is another in tuned. `notes`: what the
-    user should know of how the run went."""
+    """`counts` by the name of every edited tensor, and of every copied one that is another in tuned. `reused`: names of
+    files of an earlier run. `notes`: what the user should know of how the run went."""
 
     shards: list[ShardResult]
     counts: dict[str, Counts] = field(default_factory=dict)
+    reused: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
 
 
@@ -163,7 +164,8 @@ class _Run:
         self._failure: BaseException | None = None
         self._finished = [one.result for one in reused.values()]
         self._written = sum(result.nbytes for result in self._finished)
-        self._announced = len(self._finished)
+        self._announced = 0
+        self._reused = frozenset(reused)
         self._counts = {name: counts for one in reused.values() for name, counts in one.counts.items()}
 
     def execute(self) -> RunResult:
@@ -185,7 +187,7 @@ class _Run:
                 if thread.ident is not None:
                     thread.join()
             self._close()
-        return RunResult(sorted(self._finished, key=lambda shard: self._order[shard.name]), self._counts)
+        return RunResult(sorted(self._finished, key=lambda shard: self._order[shard.name]), self._counts, self._reused)
 
     def _report(self) -> None:
         self._settings.progress(self._written)

@@ -36,25 +36,53 @@ def empty_unflushed(log: Path) -> None:
         os.truncate(path, 0)
 
 
-def forget_names(log: Path) -> None:
-    """Files, folders and renames that no flush of their folder followed are undone, the last one first."""
+def forget_new_names(log: Path) -> None:
+    """Files and folders are not in their folders, if those were not flushed since; wherever the folders are by now."""
+    logged = changes(log)
+    for at, change in enumerate(logged):
+        if change.call in ("create", "mkdir") and not _flushed(os.path.dirname(change.path), logged[at:]):
+            _remove(_now(change.path, logged[at:]))
+
+
+def forget_renames(log: Path) -> None:
+    """Renames are undone, the last one first, if the folder was not flushed since."""
     logged = changes(log)
     for at, change in reversed(list(enumerate(logged))):
-        if change.call not in ("create", "mkdir", "rename", "renameat2"):
-            continue
-        flushed = {later.path for later in logged[at:] if later.call == "fsync"}
-        now = change.target or change.path
-        if os.path.dirname(now) in flushed or not os.path.lexists(now):
-            continue
-        if change.call in ("create", "mkdir"):
-            shutil.rmtree(now) if os.path.isdir(now) else os.unlink(now)
-        elif change.flags == "2":  # an exchange
-            os.rename(now, now + ".swap")
-            os.rename(change.path, now) if os.path.lexists(change.path) else os.rename(now + ".swap", now)
-            if os.path.lexists(now + ".swap"):
-                os.rename(now + ".swap", change.path)
-        elif os.path.isdir(os.path.dirname(change.path)):
-            os.rename(now, change.path)
+        if change.call in ("rename", "renameat2") and not _flushed(os.path.dirname(change.target), logged[at:]):
+            _undo(change)
+
+
+def _flushed(folder: str, later: list[Change]) -> bool:
+    """Whether a folder was flushed, under whatever name it had then."""
+    return any(c.call == "fsync" and c.path == _now(folder, later[:at]) for at, c in enumerate(later))
+
+
+def _now(path: str, later: list[Change]) -> str:
+    for change in later:
+        if change.call in ("rename", "renameat2"):
+            path = _moved(path, change)
+    return path
+
+
+def _undo(change: Change) -> None:
+    """As far as there is still something to undo: the run removes what it has no use for."""
+    if not os.path.lexists(change.target) or not os.path.isdir(os.path.dirname(change.path)):
+        return
+    swap = change.target + ".swap"
+    os.rename(change.target, swap)
+    if change.flags == "2":  # an exchange
+        if not os.path.lexists(change.path):  # what it had been exchanged for is no more
+            os.rename(swap, change.target)
+            return
+        os.rename(change.path, change.target)
+    os.rename(swap, change.path)
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.unlink(path)
 
 
 def _unflushed_content(logged: list[Change]) -> list[str]:
@@ -77,4 +105,4 @@ def _moved(path: str, change: Change) -> str:
     return path
 
 
-cut_power = (zero_unflushed, empty_unflushed, forget_names)
+cut_power = (zero_unflushed, empty_unflushed, forget_new_names, forget_renames)

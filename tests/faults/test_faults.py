@@ -25,7 +25,7 @@ FAULTS: dict[str, Callable[[int], Counting]] = {
     "EINTR": lambda k: Failing(k, errno.EINTR),
     "a short call": Short,
 }
-ALL = ("a folder", "over a folder in two steps")  # the jobs of which every fault is tried
+ALL = ("a folder", "a single file", "over a folder in two steps")  # the jobs of which every fault is tried
 CASES = [(job, fault) for job in JOBS for fault in FAULTS if job in ALL or fault == "EIO"]
 CASES.append(("over a file in two steps", "EIO from there on"))
 

@@ -245,7 +245,7 @@ def test_until_it_is_committed_the_output_is_a_hidden_partial_folder_beside_its_
         staging.write("config.json", b"{}")
         (made,) = set(os.listdir(here)) - before
         assert made.startswith(".out.taskvec-partial-")
-        staging.commit(overwrite=False)
+        staging.commit()
         assert set(os.listdir(here)) - before == {"out"}
     assert contents(here / "out") == {"config.json": b"{}"}
 
@@ -262,12 +262,12 @@ def test_what_was_not_committed_is_removed(failure: type[BaseException], here: P
 @pytest.mark.parametrize("name", ["out", "out.safetensors"])
 def test_what_appeared_under_the_name_meanwhile_is_left_as_it_is(name: str, here: Path) -> None:
     with (
-        pytest.raises(tv.OutputExistsError, match=rf"{name}: appeared while this run was writing"),
+        pytest.raises(tv.OutputExistsError, match=rf"{name}: appeared after this run began"),
         Staging(Target.of(name), fsync=False) as staging,
     ):
         staging.write(name, b"mine")
         (here / name).write_text("theirs")
-        staging.commit(overwrite=False)
+        staging.commit()
     assert (here / name).read_text() == "theirs"
     assert not any(".taskvec-partial" in found for found in os.listdir(here))
 
@@ -294,7 +294,7 @@ def test_a_side_file_of_any_size_is_copied_whole(here: Path) -> None:
         staging.copy(SideFile("sub/vocab", here / "vocab", len(content)))
         staging.copy(SideFile("nothing", here / "nothing", 0))
         staging.copy(SideFile("config.json", here / "vocab", 2, b"{}"))
-        staging.commit(overwrite=False)
+        staging.commit()
     assert contents(here / "out") == {"sub/vocab": content, "nothing": b"", "config.json": b"{}"}
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,12 +22,14 @@ from safetensors.torch import load_file, save_file
 
 import taskvec as tv
 from taskvec.checkpoint import files, system
-from taskvec.run import journal, staging
+from taskvec.run import edited, journal, output, staging, stream
+from taskvec.run.output import Target
 
 from .checkpoints import write_model
 
 SHARDS = 4
 FINISHED = 2  # before the run ends
+FIRST = "model-00001-of-00004.safetensors"
 LAST = f"model-{FINISHED + 1:05d}-of-{SHARDS:05d}.safetensors"
 
 
@@ -118,6 +121,10 @@ def test_finished_files_are_the_very_files_of_the_output_and_nothing_tells_the_t
     report = subtract()
     assert [(here / "out" / name).stat().st_ino for name in kept] == list(kept.values())
     assert report.notes == (f"{FINISHED} of {SHARDS} files taken from an interrupted run, and checked",)
+    shard = (here / "out" / FIRST).stat().st_size
+    whole = subtract("whole")
+    assert whole.bytes_written - report.bytes_written == FINISHED * shard
+    assert report.bytes_read == whole.bytes_read // 2 + FINISHED * shard  # of those, only to check them
     assert report.changes == subtract("again").changes and report.tensors == subtract("again2").tensors
     assert contents(here / "out") == expect() and not rooms(here)
 
@@ -255,7 +262,6 @@ def _flip(path: Path, at: int) -> None:
     path.write_bytes(content)
 
 
-FIRST = "model-00001-of-00004.safetensors"
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "a bit of the header": lambda room: _flip(room / "output" / FIRST, 12),
     "the first byte of data": lambda room: _flip(room / "output" / FIRST, -512),
@@ -394,15 +400,15 @@ def test_an_output_that_another_run_replaced_meanwhile_is_put_back(here: Path, m
     subtract(alpha=1)
     theirs = {"taskvec.json": b"theirs"}
 
-    def replace_then(self: staging.Staging, *, overwrite: bool) -> None:
+    def replace_then(self: staging.Staging) -> None:
         shutil.rmtree("out")
         Path("out").mkdir()
         Path("out/taskvec.json").write_bytes(b"theirs")
-        commit(self, overwrite=overwrite)
+        commit(self)
 
     commit = staging.Staging.commit
     monkeypatch.setattr(staging.Staging, "commit", replace_then)
-    with pytest.raises(tv.OutputExistsError, match="appeared while this run was writing"):
+    with pytest.raises(tv.OutputExistsError, match="appeared after this run began"):
         subtract(overwrite=True)
     assert contents(here / "out") == theirs and not rooms(here)
 
@@ -420,3 +426,65 @@ def test_of_many_runs_into_one_output_one_wins_and_nothing_is_mixed(here: Path) 
         assert code == 0 or (out == "" and err.startswith("taskvec: out: ") and err.count("\n") == 1)
     won = alphas[codes.index(0)]
     assert contents(here / "out") == expect(alpha=won) and not rooms(here)
+
+
+def test_a_run_whose_folder_went_before_it_was_locked_makes_another(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, lock = Target.of("out"), files.lock
+    taken = []
+
+    def after_another(fd: int) -> bool | None:
+        if not taken:
+            taken.append(True)
+            with staging.Staging(target, fsync=False):  # which takes the folder for one of a run that has ended
+                pass
+        return lock(fd)
+
+    monkeypatch.setattr(files, "lock", after_another)
+    with staging.Staging(target, fsync=False) as made:
+        assert made.path.is_dir() and rooms(Path()) == [made.path.parent]
+    assert taken and not rooms(here)
+
+
+def test_a_folder_that_is_being_removed_does_not_stay(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run sees the folder of another one after its lock was removed, and before the folder is."""
+    target = Target.of("out")
+    remove, seen = shutil.rmtree, []
+
+    def slowly(path: Path, **options: Any) -> None:
+        if (path / "lock").exists() and not seen:
+            (path / "lock").unlink()
+            seen.append(True)
+            with staging.Staging(target, fsync=False):
+                pass
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", slowly)
+    with staging.Staging(target, fsync=False):
+        pass
+    assert seen and not rooms(here)
+
+
+def test_an_output_that_was_made_meanwhile_is_seen_before_any_work(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with staging.Staging(Target.of("out"), fsync=False) as first:
+        first.write("a", b"")
+        first.commit()
+    monkeypatch.setattr(stream, "execute", lambda *given: pytest.fail("it worked for nothing"))
+    monkeypatch.setattr(edited, "check_target", lambda *given: None)  # looked before it was there
+    with pytest.raises(tv.OutputExistsError, match="appeared after this run began"):
+        subtract()
+    assert contents(here / "out") == {"a": b""} and not rooms(here)
+
+
+def test_what_runs_hold_is_counted_while_they_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = leave()
+    expected = sum(path.stat().st_blocks * 512 for path in room.rglob("*") if path.is_file())
+    assert output.held(Target.of("out")) == expected > 0
+    lstat = os.lstat
+
+    def gone(path: Any) -> os.stat_result:
+        if str(path).endswith((".safetensors", "journal")):
+            raise FileNotFoundError(path)
+        return lstat(path)
+
+    monkeypatch.setattr(os, "lstat", gone)
+    assert 0 <= output.held(Target.of("out")) < expected

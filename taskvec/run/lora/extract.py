@@ -156,13 +156,13 @@ def extract_lora(
     workers = lora_workers(plan, where, jobs, memory)
     planned(plan)
     target = Target.of(output)
-    with Staging(target, fsync=fsync) as staging:
+    with Staging(target, fsync=fsync, overwrite=overwrite) as staging:
         with AdapterFile(plan, staging.path / ADAPTER_WEIGHTS, fsync=fsync) as writer:
             found = tuple(_factored(plan, _places(where), workers, writer, extracted))
             writer.finish(_ranks(found))
         staging.write(ADAPTER_CONFIG, as_json(config(plan.base, plan.layout, _ranks(found), plan.settings.prefix)))
         staging.write(RECORD, finished(_record(plan, target, found, writer, where), staging.path))
-        staging.commit(overwrite=overwrite)
+        staging.commit()
     return ExtractedLora(
         output=target.path,
         output_name=target.typed,
