@@ -38,7 +38,7 @@ fuzz: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py taskvec/run/native.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,plot]'
 	touch $@
 
 clean:
