@@ -156,3 +156,11 @@ def listing(names: Iterable[str], limit: int = 5) -> str:
     shown = [show(name) for name in names]
     more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
     return ", ".join(shown[:limit]) + more
+
+
+def tell(error: BaseException, more: str) -> None:
+    """Have it say that too: in the hint, or what is no TaskvecError (Ctrl-C, a signal) to the command line, as `kept`."""
+    if isinstance(error, TaskvecError):
+        error.hint = f"{error.hint}. {more}" if error.hint else more
+    else:
+        error.kept = more  # type: ignore[attr-defined]

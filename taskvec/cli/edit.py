@@ -13,7 +13,7 @@ import click
 from ..checkpoint.locate import locate_adapter, on_hub
 from ..delta.vector import TaskVector
 from ..delta.weighting import Depth, Scaled
-from ..errors import HubError, UsageError, show
+from ..errors import UsageError, show, tell
 from ..run.edited import edited_checkpoint, workers_for
 from ..run.plan import OUT_DTYPES
 from .main import REVISION, TOKEN, print_json
@@ -222,7 +222,7 @@ def _push(output: str, repo: str, private: bool, card: str | None) -> Pushed:
 
     try:
         return push(output, repo, private=private, card=card)
-    except HubError as error:
+    except BaseException as error:
         more = ["--private"] * private + (["--card", card] if card else [])
-        again = f"{show(output)} is complete: push it with `{shlex.join(['taskvec', 'push', output, repo, *more])}`"
-        raise HubError(error.message, hint=f"{error.hint}. {again}" if error.hint else again) from error
+        tell(error, f"{show(output)} is complete: push it with `{shlex.join(['taskvec', 'push', output, repo, *more])}`")
+        raise

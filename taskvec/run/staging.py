@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from ..checkpoint import files, system
 from ..checkpoint.folder import SideFile
-from ..errors import OutputError, OutputExistsError, SourceChangedError, TaskvecError, counted, show
+from ..errors import OutputError, OutputExistsError, SourceChangedError, counted, show, tell
 from .journal import OUTPUT, Journal, RunIdentity, read
 from .output import Target, leftovers, staging_prefix
 from .plan import Plan
@@ -85,17 +85,17 @@ class Staging:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         with suppress(OSError):
             self._restore(self._room)
-        if (kept := self._kept(error)) is None:
+        if error is None or (kept := self._kept(error)) is None:
             shutil.rmtree(self._room, ignore_errors=True)
         else:
             with suppress(OSError):
                 _keep_only(self.path, set(self.journal.finished) if self.journal is not None else set())
-            _tell(error, f"{kept}; the same command goes on from there")
+            tell(error, f"{kept}; the same command goes on from there")
         self._release()
 
-    def _kept(self, error: BaseException | None) -> str | None:
+    def _kept(self, error: BaseException) -> str | None:
         """What of a run that failed is worth keeping, in words."""
-        if self._committed or error is None:
+        if self._committed:
             return None
         if os.path.lexists(self._room / _REPLACED):
             return f"The old output is {show(self._room / _REPLACED)}"
@@ -316,14 +316,6 @@ def _open_lock(room: Path, create: int = 0) -> int:
     flags = os.O_RDWR | create | os.O_NOFOLLOW | os.O_CLOEXEC
     fd: int = system.again(system.calls.open, room / _LOCK, flags, 0o600)
     return fd
-
-
-def _tell(error: BaseException | None, text: str) -> None:
-    """In the error's hint, or for the command line to say."""
-    if isinstance(error, TaskvecError):
-        error.hint = f"{error.hint}. {text}" if error.hint else text
-    else:
-        error.kept = text  # type: ignore[union-attr]
 
 
 def _keep_only(folder: Path, names: set[str]) -> None:

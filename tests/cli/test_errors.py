@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import save_file
 
 import taskvec as tv
+from taskvec.hub import push
 from taskvec.run import output, staging, stream
 
 from .conftest import INPUTS, Command, files_under, random_tensors, snapshot, write_adapter
@@ -215,6 +216,16 @@ def test_ctrl_c_is_130_and_leaves_nothing(taskvec: Command, here: Path, monkeypa
     assert outcome.code == 130 and outcome.err.strip() == "taskvec: interrupted; no half-made output is left"
     assert json.loads(outcome.out)["exit_code"] == 130
     assert {path.name for path in here.iterdir()} == set(INPUTS)
+
+
+def test_ctrl_c_while_it_is_pushed_says_that_the_output_is_complete(
+    taskvec: Command, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(push, "push", fail_after(0, KeyboardInterrupt, push.push))
+    outcome = taskvec(*RUN, "--push", "me/model", "--private", "-q")
+    assert outcome.code == 130 and (here / "out" / "taskvec.json").exists()
+    again = "taskvec push out me/model --private"
+    assert outcome.err.strip() == f"taskvec: interrupted; out is complete: push it with `{again}`"
 
 
 def test_a_bug_is_one_line_too_unless_it_is_being_looked_for(taskvec: Command, monkeypatch: pytest.MonkeyPatch) -> None:
