@@ -127,11 +127,13 @@ class FileIdentity(NamedTuple):
     inode: int
 
 
-def open_input(path: Path) -> int:
-    """A read-only descriptor of a regular file. O_NONBLOCK so that a FIFO cannot hang the open; it is refused after."""
+def open_input(path: Path, *, follow: bool = True) -> int:
+    """A read-only descriptor of a regular file. O_NONBLOCK so that a FIFO cannot hang the open; it is refused after.
+    `follow`: also where a link leads."""
     fetch([path])
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     try:
-        fd: int = system.again(system.calls.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd: int = system.again(system.calls.open, path, flags)
     except OSError as error:
         raise os_failure(error, path, "cannot open") from error
     try:
@@ -186,11 +188,11 @@ def read_exact(fd: int, buffer: memoryview, offset: int, *, path: Path, tensor: 
         at += got
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """A whole small file (JSON and the like), refused above `limit` bytes."""
+def read_bytes(path: Path, limit: int, *, follow: bool = True) -> bytes:
+    """A whole small file (JSON and the like), refused above `limit` bytes. `follow`: as in `open_input`."""
     if absent(path) is not None and size_of(path) > limit:
         raise CheckpointError(f"{show(path)}: {size_of(path)} bytes, expected at most {limit}")
-    fd = open_input(path)
+    fd = open_input(path, follow=follow)
     try:
         size = _status(fd, path).st_size
         if size > limit:
@@ -341,6 +343,12 @@ def lock(fd: int) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def unlock(fd: int) -> None:
+    """Before it is closed: a process that was forked meanwhile holds the descriptor too."""
+    with suppress(OSError):
+        system.calls.flock(fd, fcntl.LOCK_UN)
 
 
 class InputFiles:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import InputFiles, create_output, rename_new, write_all
+from ..checkpoint.files import InputFiles, close_input, close_output, create_output, rename_new, write_all
 from ..checkpoint.header import StoredTensor, encode_header
 from ..delta.stored import METADATA_KEY
 from ..delta.vector import TaskVector, formula
@@ -58,9 +57,12 @@ def _randomise(vector: Checkpoint, output: Path, seed: int, name: str) -> None:
                 data = (drawn * scale).astype("<f4").view(np.uint8)
                 write_all(fd, data.data, at, path=output)
                 at += len(data)
+    except BaseException:
+        close_input(fd)
+        raise
     finally:
-        os.close(fd)
         files.close()
+    close_output(fd, path=output)
 
 
 def _stored(tensor: StoredTensor, files: InputFiles) -> Iterator[NDArray[Any]]:

@@ -20,6 +20,7 @@ import xxhash
 
 from .._version import __version__
 from ..checkpoint import files
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import TaskvecError
 from .jobs import CHECKSUM_PLACE, ShardPlan, tiles, unit_bytes
 from .kernel import Counts
@@ -46,7 +47,8 @@ class Finished(NamedTuple):
 def identify(plan: Plan, device: str, *, sha256: bool) -> RunIdentity:
     """Two runs of one identity write the same bytes.
 
-    Inputs count by size, mtime, ctime and inode; ctime is the one of them that nobody can set.
+    Inputs count in their order, for each has its part, by size, mtime, ctime and inode; ctime is the one of them that nobody
+    can set. Those of the Hub count by their commit. Of an input's config some layouts are read, so it counts as a whole.
     """
     from .record import recipe
 
@@ -54,8 +56,15 @@ def identify(plan: Plan, device: str, *, sha256: bool) -> RunIdentity:
     made_by = [__version__, np.__version__, device, _processor(), sha256]
     return RunIdentity(
         _sha256([made_by, recipe(plan, None), headers]),
-        _sha256(sorted((*pinned, _ctime(path)) for path, pinned in plan.identities.items())),
+        _sha256([_pinned(checkpoint, plan) for checkpoint in plan.inputs]),
     )
+
+
+def _pinned(checkpoint: Checkpoint, plan: Plan) -> list[Any]:
+    if checkpoint.hub is not None:
+        return [*checkpoint.hub, [(shard.path.name, plan.identities[shard.path].size) for shard in checkpoint.shards]]
+    held = [(shard.path.name, *plan.identities[shard.path], _ctime(shard.path)) for shard in checkpoint.shards]
+    return [checkpoint.config, held]
 
 
 class Journal:
@@ -125,11 +134,11 @@ class Left(NamedTuple):
 def read(path: Path) -> Left:
     """As far as it is whole, and of this version."""
     try:
-        content = files.read_bytes(path, _LARGEST)
+        content = files.read_bytes(path, _LARGEST, follow=False)
         lines = list(_whole_lines(content))
         identity = RunIdentity(**lines[0]) if lines else None
         found = [_entry(line) for line in lines[1:]]
-    except (TaskvecError, ValueError, TypeError, KeyError):
+    except (TaskvecError, ValueError, TypeError, KeyError, RecursionError):
         return Left(None, {}, 0)
     return Left(identity, {one.result.name: one for one in found}, _whole_bytes(content))
 
@@ -157,7 +166,7 @@ def intact(path: Path, shard: ShardPlan, finished: Finished) -> bool:
     """Whether the file is, to the last byte, what the journal says was written."""
     result = finished.result
     try:
-        fd = files.open_input(path)
+        fd = files.open_input(path, follow=False)
     except TaskvecError:
         return False
     try:
@@ -187,7 +196,7 @@ def _checksum(fd: int, path: Path, shard: ShardPlan) -> str:
 def _ctime(path: Path) -> int:
     try:
         return os.stat(path).st_ctime_ns
-    except OSError:  # of a repository, and not needed here
+    except OSError:  # the run will tell
         return 0
 
 

@@ -73,7 +73,7 @@ def check_target(target: Target, inputs: Iterable[Checkpoint], overwrite: bool) 
         raise OutputExistsError(
             f"{show(target.typed)}: is {kind}, which --overwrite does not replace", hint="Remove it first"
         )
-    foreign = [] if target.single_file else _foreign_files(target.relative)
+    foreign = [] if target.single_file else foreign_files(target.relative)
     if foreign:
         raise OutputExistsError(
             f"{show(target.typed)}: holds what taskvec did not make ({listing(foreign)}), and --overwrite would delete it",
@@ -86,24 +86,27 @@ def check_target(target: Target, inputs: Iterable[Checkpoint], overwrite: bool) 
         )
 
 
-def _foreign_files(folder: Path) -> list[str]:
-    """Files of an output folder that its record does not list; none when it has no record."""
+def foreign_files(folder: Path) -> list[str]:
+    """Files and links of an output folder that its record does not list; none when it has no record."""
     if not (folder / RECORD).is_file():
         return []
     content = read_json(folder / RECORD)
-    own = {RECORD, "README.md", *map(str, content.get("side_files") or [])}
-    own |= {str(shard.get("name")) for shard in content.get("shards") or [] if isinstance(shard, dict)}
-    present = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir()]
-    return [name for name in present if name not in own and not name.endswith(".safetensors.index.json")]
+    shards = [str(shard.get("name")) for shard in content.get("shards") or [] if isinstance(shard, dict)]
+    indices = {name.partition("-00001-of-")[0] + ".safetensors.index.json" for name in shards}
+    own = {RECORD, "README.md", *map(str, content.get("side_files") or []), *shards, *indices}
+    found = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return [name for path in found if (name := path.relative_to(folder).as_posix()) not in own]
 
 
 def _made_by_taskvec(target: Target) -> bool:
-    if target.single_file:
-        try:
+    try:
+        if target.single_file:
             return METADATA_KEY in read_header(target.relative).metadata
-        except CheckpointError:
-            return False
-    return (target.path / RECORD).is_file() or not os.listdir(target.path)
+        if (target.relative / RECORD).is_file():
+            return {"taskvec", "shards"} <= read_json(target.relative / RECORD).keys()
+    except CheckpointError:
+        return False
+    return not os.listdir(target.path)
 
 
 def check_space(target: Target, needed: int, downloads: Mapping[Path, int] | None = None) -> None:
@@ -115,17 +118,24 @@ def check_space(target: Target, needed: int, downloads: Mapping[Path, int] | Non
         cache, size = _standing(next(iter(downloads)).parent), sum(downloads.values())
         if os.stat(cache).st_dev == os.stat(parent).st_dev:
             needed += size
-        elif shutil.disk_usage(cache).free < size:
+        elif _free(cache) < size:
             raise NotEnoughDiskError(
-                f"the cache of the Hub: {size} bytes are needed, {shutil.disk_usage(cache).free} are free",
+                f"the cache of the Hub: {size} bytes are needed, {_free(cache)} are free",
                 hint="Free space there, or set HF_HOME to a folder on another disk",
             )
-    free = shutil.disk_usage(parent).free + held(target)
+    free = _free(parent) + held(target)
     if free < needed:
         raise NotEnoughDiskError(
             f"{show(target.typed)}: {needed} bytes are needed, {free} are free",
             hint="Free space, or name an output on another disk",
         )
+
+
+def _free(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        raise os_failure(error, folder.name, "cannot tell the free space", OutputError) from error
 
 
 def _standing(folder: Path) -> Path:

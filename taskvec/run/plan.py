@@ -82,12 +82,16 @@ class Plan:
         return sum(shard.size for shard in self.shards) + sum(file.nbytes for file in self.side)
 
     @property
+    def inputs(self) -> tuple[Checkpoint, ...]:
+        """Base, and what each term of the vector is of, in the order of the formula; one that has two parts stands twice."""
+        return (self.base, *(checkpoint for _, source in self.vector.terms for checkpoint in source.inputs))
+
+    @property
     def to_download(self) -> dict[Path, int]:
         """Files that have to come from the Hub first -> their sizes in bytes."""
         read = (t.path for job in self.jobs for t in (*job.elementwise, *job.factors, *job.surveyed))
         side = (file.source for file in self.side if file.content is None)
-        inputs = [self.base, *(checkpoint for _, source in self.vector.terms for checkpoint in source.inputs)]
-        cards = (checkpoint.readme for checkpoint in inputs if not self.single_file)
+        cards = (checkpoint.readme for checkpoint in self.inputs if not self.single_file)
         wanted = dict.fromkeys((*read, *side, *(card for card in cards if card is not None)))
         return {path: size_of(path) for path in wanted if absent(path) is not None}
 

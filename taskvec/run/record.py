@@ -103,7 +103,7 @@ def hashed(path: Path) -> tuple[int, str]:
     """Size in bytes and SHA-256 of a file, read a little at a time."""
     fd = files.open_input(path)
     try:
-        size, digest = os.fstat(fd).st_size, hashlib.sha256()
+        size, digest = files.identity(fd, path).size, hashlib.sha256()
         buffer = memoryview(bytearray(min(_HASHED, max(1, size))))
         for at in range(0, size, len(buffer)):
             part = buffer[: min(len(buffer), size - at)]
@@ -111,7 +111,7 @@ def hashed(path: Path) -> tuple[int, str]:
             digest.update(part)
         return size, digest.hexdigest()
     finally:
-        os.close(fd)
+        files.close_input(fd)
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

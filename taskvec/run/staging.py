@@ -2,7 +2,7 @@
 leaves it; the next run for the same output takes it over, and goes on with it or removes it.
 
     .OUT.taskvec-partial-1a2b3c4d/
-        lock       held by the run as long as it lives
+        lock       held by the run as long as it lives; there from the start, for the folder gets its name last
         journal    what the run is, and which files are finished (journal.py)
         output/    what OUT will be, or the folder of the one file that it will be
         replaced   the old output, for the moment between two renames where one cannot exchange them
@@ -24,11 +24,13 @@ from ..checkpoint import files, system
 from ..checkpoint.folder import SideFile
 from ..errors import OutputError, OutputExistsError, SourceChangedError, counted, show, tell
 from .journal import OUTPUT, Journal, RunIdentity, read
-from .output import Target, leftovers, staging_prefix
+from .output import Target, foreign_files, leftovers, staging_prefix
 from .plan import Plan
 
 _COPIED = 1 << 20  # bytes per read when a side file is copied
 _LOCK, _JOURNAL, _REPLACED = "lock", "journal", "replaced"
+_NEW = ".new"  # behind the name of a folder whose lock is not taken yet
+_STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _TRIES = 3  # to get a folder of one's own, when other runs start in the same moment
 
 
@@ -48,8 +50,7 @@ class Staging:
         self.journal: Journal | None = None
         self.notes: list[str] = []
         self._lock: int | None = None
-        self._taken_over = False
-        self._committed = False
+        self._taken_over = self._brought_back = self._committed = False
         self._room = self._new_name()
 
     @property
@@ -83,8 +84,8 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        with suppress(OSError):
-            self._restore(self._room)
+        if error is not None and self._committed:
+            tell(error, f"{show(self._target.typed)} is complete, but a power cut may still undo its name")
         if error is None or (kept := self._kept(error)) is None:
             shutil.rmtree(self._room, ignore_errors=True)
         else:
@@ -110,6 +111,7 @@ class Staging:
             with suppress(OutputError):
                 self.journal.close()
         if self._lock is not None:
+            files.unlock(self._lock)
             files.close_input(self._lock)
         self.journal = self._lock = None
 
@@ -155,20 +157,14 @@ class Staging:
         except OSError as error:
             raise files.os_failure(error, self._target.typed, "cannot rename the finished output", OutputError) from error
         if self._fsync:
-            self._keep_name()
-
-    def _keep_name(self) -> None:
-        try:
             for folder in (self._target.path.parent, *(parent.parent for parent in self._new_parents)):
                 files.sync_folder(folder, named=self._target.typed)
-        except OutputError as error:
-            error.hint = "It is complete, but a power cut may still undo its name"
-            raise
 
     def _exchange(self, made: Path) -> None:
-        """Swap with the output that was there at the start. One that is another by now stays; one that another run put there
-        in the last moment is put back: renames change times, but no inode."""
-        if (found := _identity(self._target.path)) != self._replaced or found is None:
+        """Swap with the output that was there at the start. One that is another by now, or holds other files, stays; one that
+        another run put there in the last moment is put back: renames change times, but no inode."""
+        found = _identity(self._target.path)
+        if found is None or found != self._replaced or (self.path == made and foreign_files(self._target.relative)):
             raise self._appeared()
         old = files.rename_exchange(made, self._target.path, self._room / _REPLACED)
         if (put_there := _identity(old)) is None or put_there[:2] != found[:2]:
@@ -176,20 +172,21 @@ class Staging:
             raise self._appeared()
 
     def _appeared(self) -> OutputExistsError:
+        what = "was changed" if self._overwrite and self._replaced else "appeared"
+        what = "was set aside by a run that was killed, and is back" if self._brought_back else f"{what} after this run began"
         return OutputExistsError(
-            f"{show(self._target.typed)}: appeared after this run began; it is left as it is",
+            f"{show(self._target.typed)}: {what}; it is left as it is",
             hint="Name another output, or run again with --overwrite",
         )
 
     def _settle(self) -> None:
-        """A folder of this run's own, taken over or new, and the lock in it. Two runs that start in the same moment may take
-        each other's folder before it is locked; then one of them starts over, and finds the other alive."""
+        """A folder of this run's own, taken over or new, and the lock in it. Of two runs that start in the same moment one
+        may take the other's folder before it is locked; then that one starts over."""
         for _ in range(_TRIES):
             with suppress(FileNotFoundError):
                 self._take_over()
                 if self._lock is None:
                     self._new_room()
-            if self._lock is not None:
                 return
         raise self._living()
 
@@ -199,11 +196,11 @@ class Staging:
             for room in self._ended(locks):
                 claimed = self._new_name()
                 try:
-                    system.again(system.calls.rename, room.path, claimed)  # whatever locks are worth here: one run can do it
+                    system.again(system.calls.rename, room.path, claimed)  # one run can do it, and who still uses it sees it
                 except FileNotFoundError:
                     continue
                 self._restore(claimed)
-                if self._lock is None and self._is_same_run(claimed):
+                if self._lock is None and room.lock is not None and self._is_same_run(claimed):
                     self._room, self._lock = claimed, os.dup(room.lock)  # of the same lock
                     self._taken_over = True
                 else:
@@ -213,35 +210,44 @@ class Staging:
         """The folders whose runs have ended, locked until the block ends. Raises when one lives."""
         found = []
         for room in leftovers(self._target):
-            if (lock := _lock_of(room)) is None:
+            try:
+                lock = _open_lock(room)
+            except FileNotFoundError:  # it is being removed, or was by half; a run that lives has one
+                found.append(_Ended(room, None))
+                continue
+            except OSError:  # no folder of a run
                 continue
             locks.callback(files.close_input, lock)
             taken = files.lock(lock)
             if taken is False:
                 raise self._living()
-            if taken:  # without locks it cannot be known
+            if taken:
                 found.append(_Ended(room, lock))
+            else:
+                self.notes.append(f"{show(room)} is left alone: it may be of a run that lives, and there are no locks here")
         return found
 
     def _new_room(self) -> None:
         """FileNotFoundError when another run took it for one that has ended, before it was locked."""
-        self._room = self._new_name()
+        name = self._new_name()
+        self._room = name.with_name(name.name + _NEW)
         system.again(system.calls.mkdir, self._room)
         lock = _open_lock(self._room, os.O_CREAT)
         try:
             if files.lock(lock) is False:
                 raise FileNotFoundError(self._room)
             system.again(system.calls.mkdir, self.path)
+            system.again(system.calls.rename, self._room, name)
         except BaseException:
             files.close_input(lock)
             raise
-        self._lock = lock
+        self._room, self._lock = name, lock
 
     def _is_same_run(self, room: Path) -> bool:
         """Whether the run that left this folder was the one that is made now; if not, it is said what goes."""
         left = read(room / _JOURNAL)
         if self._run is None or left.identity == self._run[1]:
-            return self._run is not None
+            return self._run is not None and _is_folder(room / OUTPUT)
         if left.identity is not None and left.finished:
             why = "its inputs changed since" if left.identity.job == self._run[1].job else "it was another one"
             self.notes.append(f"an interrupted run left {counted(len(left.finished), 'finished file')}, not used: {why}")
@@ -252,6 +258,7 @@ class Staging:
         if os.path.lexists(room / _REPLACED) and not os.path.lexists(self._target.path):
             system.again(system.calls.rename, room / _REPLACED, self._target.path)
             self._replaced = _identity(self._target.path)
+            self._brought_back = True
 
     def _open_journal(self) -> None:
         if self._run is None:
@@ -300,29 +307,25 @@ class Staging:
 
 class _Ended(NamedTuple):
     path: Path
-    lock: int
-
-
-def _lock_of(room: Path) -> int | None:
-    """Never made anew: a folder that is being removed would stay. One without a lock is being removed, was left by a run
-    that was killed meanwhile, or was made this moment: then that run makes itself another."""
-    with suppress(FileNotFoundError):
-        return _open_lock(room)
-    shutil.rmtree(room, ignore_errors=True)
-    return None
+    lock: int | None
 
 
 def _open_lock(room: Path, create: int = 0) -> int:
-    flags = os.O_RDWR | create | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR | create | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd: int = system.again(system.calls.open, room / _LOCK, flags, 0o600)
     return fd
 
 
+def _is_folder(path: Path) -> bool:
+    """And no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
 def _keep_only(folder: Path, names: set[str]) -> None:
     """Remove what is not one of these files."""
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in folder.iterdir() if _is_folder(folder) else ():
         if path.name not in names:
-            if path.is_dir() and not path.is_symlink():
+            if _is_folder(path):
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
@@ -339,15 +342,21 @@ def _identity(path: Path) -> tuple[int, int, int, int] | None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP wait until the block is done. Signals are the main thread's: elsewhere this does nothing."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
+    """Ctrl-C, SIGTERM and SIGHUP wait until the block is done. Python calls its handlers in the main thread, whichever thread
+    gets the signal: so the handlers are set aside, and not the signals masked. In another thread this does nothing."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    came: list[int] = []
+    waiting = [number for number in _STOPS if signal.getsignal(number) not in (None, signal.SIG_IGN)]
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in waiting}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def _copy(source: int, file: SideFile, fd: int, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -111,7 +112,7 @@ class Worker:
         block = position // _READ_AHEAD
         if self._advised.get(stored.path) != block and hasattr(os, "posix_fadvise") and stored.path not in files.IN_MEMORY:
             self._advised[stored.path] = block
-            with self._inputs.reading(stored.path) as fd:
+            with self._inputs.reading(stored.path) as fd, suppress(OSError):
                 os.posix_fadvise(fd, position, 2 * _READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
     def _buffer(self, place: int, nbytes: int) -> Raw:

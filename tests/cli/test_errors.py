@@ -264,7 +264,8 @@ def test_an_input_that_changes_under_the_run_makes_no_output(
 
 # A run whose every write first says so on stdout and then takes its time: enough of it is left when the signal comes.
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever runs the tests may have set aside
 from taskvec.checkpoint import files
 from taskvec.cli.main import main
 write = files.write_all

@@ -65,17 +65,16 @@ def _now(path: str, later: list[Change]) -> str:
 
 
 def _undo(change: Change) -> None:
-    """As far as there is still something to undo: the run removes what it has no use for."""
-    if not os.path.lexists(change.target) or not os.path.isdir(os.path.dirname(change.path)):
+    """As far as there is still something to undo: of two names that were exchanged the run has removed one."""
+    if not os.path.lexists(change.target):
         return
-    swap = change.target + ".swap"
-    os.rename(change.target, swap)
-    if change.flags == "2":  # an exchange
-        if not os.path.lexists(change.path):  # what it had been exchanged for is no more
-            os.rename(swap, change.target)
-            return
+    if change.flags != "2":
+        os.makedirs(os.path.dirname(change.path), exist_ok=True)  # its removal is undone too
+        os.rename(change.target, change.path)
+    elif os.path.lexists(change.path):
+        os.rename(change.target, swap := change.target + ".swap")
         os.rename(change.path, change.target)
-    os.rename(swap, change.path)
+        os.rename(swap, change.path)
 
 
 def _remove(path: str) -> None:

@@ -22,6 +22,8 @@ class Counting:
         self.real = system.Calls()
         self.made = 0
         self.by_name: Counter[str] = Counter()
+        self.failed: list[str] = []  # what failed: the call, and the file it was made on if that is of the output
+        self._outputs: dict[int, str] = {}
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         call = getattr(self.real, name)
@@ -29,7 +31,16 @@ class Counting:
         def counted(*arguments: Any) -> Any:
             self.made += 1
             self.by_name[name] += 1
-            return self.answer(name, call, *arguments)
+            try:
+                result = self.answer(name, call, *arguments)
+            except OSError:
+                self.failed.append(f"{name} {self._outputs.get(arguments[0], '')}" if arguments else name)
+                raise
+            if name == "open" and arguments[1] & os.O_CREAT:
+                self._outputs[result] = os.fspath(arguments[0])
+            elif name == "open":
+                self._outputs.pop(result, None)
+            return result
 
         return counted
 

@@ -192,6 +192,24 @@ def test_only_the_shards_that_hold_wanted_tensors_come(models: Hub, tmp_path: Pa
     assert not list(tuned.rglob("*.bin")) and not list((models.client.cache / "models--org--base").rglob("*.gguf"))
 
 
+def test_a_run_that_downloaded_its_inputs_and_was_ended_goes_on_too(
+    models: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write = files.write_all
+
+    def failing(fd: int, data: memoryview, offset: int, *, path: Path) -> None:
+        if path.name == SECOND:
+            raise tv.OutputError("the end")
+        write(fd, data, offset, path=path)
+
+    with monkeypatch.context() as ended, pytest.raises(tv.OutputError, match="the end"):
+        ended.setattr(files, "write_all", failing)
+        tv.subtract("org/base", "org/old", alpha=0.3, output="a", jobs=1, fsync=False)
+    report = tv.subtract("org/base", "org/old", alpha=0.3, output="a", jobs=1, fsync=False)
+    assert report.notes == ("1 of 2 files taken from an interrupted run, and checked",)
+
+
 def test_what_is_in_the_cache_is_not_fetched_again(models: Hub, tmp_path: Path) -> None:
     tv.subtract("org/base", "org/old", alpha=0.3, output=tmp_path / "a", fsync=False)
     before = fetched(models)

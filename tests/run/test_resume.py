@@ -8,9 +8,12 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 
 import taskvec as tv
@@ -251,9 +255,51 @@ def test_another_processor_computes_everything_itself(here: Path, monkeypatch: p
 
 def test_side_files_are_those_of_now(here: Path) -> None:
     leave()
-    (here / "base" / "config.json").write_text('{"model_type": "llama", "new": 1}')
-    assert subtract().notes
-    assert json.loads((here / "out" / "config.json").read_text())["new"] == 1
+    (here / "base" / "tokenizer.json").write_text('{"new": 1}')
+    assert subtract().notes[0].startswith("2 of 4")
+    assert (here / "out" / "tokenizer.json").read_text() == '{"new": 1}'
+
+
+def test_another_config_may_mean_another_layout_and_is_another_run(here: Path) -> None:
+    leave(old="lora")
+    (here / "base" / "config.json").write_text('{"model_type": "gpt2", "dtype": "bfloat16"}')
+    assert "not used: its inputs changed since" in subtract(old="lora").notes[0]
+    assert contents(here / "out") == expect(old="lora")
+
+
+def swapped(here: Path) -> dict[str, tuple[Callable[[], tv.Report], Callable[[], tv.Report]]]:
+    """Two runs of which each file has another part, under the same names."""
+    for folder, other in (("x", "old"), ("y", "base")):
+        shutil.copytree(here / other, here / folder / "ft")
+    x, y, base = "x/ft", "y/ft", tv.Checkpoint.open("base")
+    one, two = tv.TaskVector.between("base", x), tv.TaskVector.between("base", y)
+    return {
+        "tuned and its base": (lambda: subtract(old=x, base=y), lambda: subtract(old=y, base=x)),
+        "two vectors": (
+            lambda: (base + 0.1 * one + 0.9 * two).save("out", jobs=1),
+            lambda: (base + 0.1 * two + 0.9 * one).save("out", jobs=1),
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", ["tuned and its base", "two vectors"])
+def test_the_same_files_in_other_parts_are_another_run(case: str, here: Path) -> None:
+    first, second = swapped(here)[case]
+    with ended_at(LAST), pytest.raises(tv.OutputError, match="the end"):
+        first()
+    assert "not used" in second().notes[0]
+    made = contents(here / "out")
+    shutil.rmtree("out")
+    second()
+    assert contents(here / "out") == made
+
+
+def test_folders_that_changed_their_names_are_other_inputs(here: Path) -> None:
+    shutil.copytree("base", "third")
+    leave(base="third")
+    for source, target in (("old", "temporary"), ("third", "old"), ("temporary", "third")):
+        os.rename(source, target)
+    assert "not used" in subtract(base="third").notes[0]
 
 
 def _flip(path: Path, at: int) -> None:
@@ -270,14 +316,16 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "longer": lambda room: os.truncate(room / "output" / FIRST, 5000),
     "missing": lambda room: (room / "output" / FIRST).unlink(),
     "a link": lambda room: _link(room / "output" / FIRST),
+    "a link to the same content": lambda room: _link(room / "output" / FIRST, flip=False),
     "a folder": lambda room: _folder(room / "output" / FIRST),
     "its line": lambda room: _flip(room / "journal", -100),
 }
 
 
-def _link(path: Path) -> None:
+def _link(path: Path, *, flip: bool = True) -> None:
     shutil.copy(path, path.parent.parent / "elsewhere")
-    _flip(path.parent.parent / "elsewhere", -1)
+    if flip:
+        _flip(path.parent.parent / "elsewhere", -1)
     path.unlink()
     path.symlink_to(path.parent.parent / "elsewhere")
 
@@ -393,7 +441,8 @@ def test_where_there_are_no_locks_a_folder_may_be_of_a_run_that_lives_and_is_lef
             raise OSError(95, "no locks here")
 
     monkeypatch.setattr(system, "calls", NoLocks())
-    assert subtract().notes == () and rooms(Path()) == [room]
+    (note,) = subtract().notes
+    assert note.startswith(f"{room} is left alone") and rooms(Path()) == [room]
 
 
 def test_an_output_that_another_run_replaced_meanwhile_is_put_back(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +457,7 @@ def test_an_output_that_another_run_replaced_meanwhile_is_put_back(here: Path, m
 
     commit = staging.Staging.commit
     monkeypatch.setattr(staging.Staging, "commit", replace_then)
-    with pytest.raises(tv.OutputExistsError, match="appeared after this run began"):
+    with pytest.raises(tv.OutputExistsError, match="out: was changed after this run began; it is left as it is"):
         subtract(overwrite=True)
     assert contents(here / "out") == theirs and not rooms(here)
 
@@ -488,3 +537,151 @@ def test_what_runs_hold_is_counted_while_they_end(here: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "lstat", gone)
     assert 0 <= output.held(Target.of("out")) < expected
+
+
+# --- what a second reading found ---------------------------------------------------------------------------------------
+
+
+def test_a_link_in_place_of_the_output_in_the_making_leads_nowhere(here: Path) -> None:
+    room = leave()
+    shutil.move(room / "output", here / "precious")
+    (here / "precious" / "mine").write_text("1")
+    (room / "output").symlink_to(here / "precious")
+    before = contents(here / "precious")
+    subtract()
+    assert contents(here / "precious") == before and not (here / "out").is_symlink()
+    assert contents(here / "out") == expect() and not rooms(here)
+
+
+@pytest.mark.parametrize("name", ["lock", "journal"])
+@pytest.mark.parametrize("kind", ["a link", "a folder", "a pipe"])
+def test_what_only_looks_like_the_folder_of_a_run_is_in_nobody_s_way(name: str, kind: str, here: Path) -> None:
+    path = leave() / name
+    path.unlink()
+    {"a link": lambda: path.symlink_to(here / "base"), "a folder": path.mkdir, "a pipe": lambda: os.mkfifo(path)}[kind]()
+    subtract()
+    assert contents(here / "out") == expect()
+
+
+def test_a_journal_that_nests_without_end_is_no_journal(here: Path) -> None:
+    text = b"[" * 200_000
+    (leave() / "journal").write_bytes(xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n")
+    assert subtract().notes == () and not rooms(here)
+
+
+def set_aside(here: Path) -> dict[str, bytes]:
+    """As a run leaves it that was killed between two renames: the old output in its folder, and none in its place."""
+    room = leave(overwrite=True)
+    (here / "out").rename(room / "replaced")
+    return contents(room / "replaced")
+
+
+def test_an_old_output_that_was_set_aside_is_brought_back_by_whatever_comes_next(here: Path) -> None:
+    subtract(alpha=1)
+    before = set_aside(here)
+    with pytest.raises(tv.OutputExistsError, match="out: was set aside by a run that was killed, and is back"):
+        subtract(alpha=0.5)
+    assert contents(here / "out") == before
+
+
+def test_it_is_brought_back_before_anything_can_fail(here: Path) -> None:
+    subtract(alpha=1)
+    before = set_aside(here)
+    with ended_at(FIRST), pytest.raises(tv.OutputError, match="the end"):
+        subtract(alpha=0.5, overwrite=True)
+    assert contents(here / "out") == before and not rooms(here)
+
+
+def test_it_is_brought_back_though_the_lock_beside_it_is_gone(here: Path) -> None:
+    subtract(alpha=1)
+    before = set_aside(here)
+    (rooms(here)[0] / "lock").unlink()
+    with pytest.raises(tv.OutputExistsError, match="is back"):
+        subtract(alpha=0.5)
+    assert contents(here / "out") == before and not rooms(here)
+
+
+def test_what_is_put_there_in_the_last_moment_before_the_exchange_is_put_back(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subtract(alpha=1)
+    exchange, done = files.rename_exchange, []
+
+    def late(source: Path, target: Path, aside: Path) -> Path:
+        if not done:
+            shutil.move("out", "away")
+            shutil.copytree("away", "out")
+            (target / "theirs").write_text("1")
+        done.append(contents(target))
+        return exchange(source, target, aside)
+
+    monkeypatch.setattr(files, "rename_exchange", late)
+    with pytest.raises(tv.OutputExistsError, match="it is left as it is"):
+        subtract(overwrite=True)
+    assert contents(here / "out") == done[0] and not rooms(here)
+
+
+def test_a_file_that_was_put_into_the_old_output_during_the_run_is_not_lost(here: Path) -> None:
+    (here / "base" / "sub").mkdir()
+    (here / "base" / "sub" / "vocab.txt").write_text("a")
+    subtract(alpha=1)
+    before = contents(here / "out")
+    with pytest.raises(tv.OutputExistsError, match="it is left as it is"):
+        subtract(overwrite=True, shard_done=lambda shard: Path("out/sub/notes.md").write_text("mine"))
+    assert contents(here / "out") == {**before, "sub/notes.md": b"mine"} and not rooms(here)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_waits_for_the_end_of_a_block_whichever_thread_gets_it(number: signal.Signals) -> None:
+    def handler(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before, steps = signal.signal(number, handler), []
+    another = threading.Thread(target=time.sleep, args=(0.3,))
+    another.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), staging.uninterrupted():
+            signal.pthread_kill(another.ident or 0, number)
+            time.sleep(0.1)
+            steps.append("to its end")
+        assert steps and signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+        another.join()
+
+
+def test_a_process_that_was_forked_does_not_hold_the_folder_for_longer(here: Path) -> None:
+    children: list[int] = []
+
+    def fork(finished: object) -> None:
+        children.append(os.fork())
+        if children[-1] == 0:
+            time.sleep(20)
+            os._exit(0)
+        raise tv.OutputError("the end")
+
+    with pytest.raises(tv.OutputError, match="the end"):
+        subtract(shard_done=fork)
+    try:
+        assert len(rooms(here)) == 1
+        assert subtract().notes
+    finally:
+        os.kill(children[0], signal.SIGKILL)
+        os.waitpid(children[0], 0)
+
+
+def test_indices_links_and_records_that_are_not_ours_are_not_overwritten(here: Path) -> None:
+    subtract()
+    (here / "out" / "mine.safetensors.index.json").write_text("{}")
+    with pytest.raises(tv.OutputExistsError, match=r"mine\.safetensors\.index\.json"):
+        subtract(overwrite=True)
+    (here / "out" / "mine.safetensors.index.json").unlink()
+    (here / "out" / "link").symlink_to(here / "base")
+    with pytest.raises(tv.OutputExistsError, match="link"):
+        subtract(overwrite=True)
+    (here / "out" / "link").unlink()
+    subtract(overwrite=True)
+    (here / "hand").mkdir()
+    (here / "hand" / "taskvec.json").write_text("{}")
+    with pytest.raises(tv.OutputExistsError, match="not made by taskvec"):
+        subtract("hand", overwrite=True)

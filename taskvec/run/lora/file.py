@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,8 +35,11 @@ class AdapterFile:
         self._fd = files.create_output(self._path)
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._fd)
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None:
+            files.close_output(self._fd, path=self._path)
+        else:
+            files.close_input(self._fd)  # given up
 
     def add_factors(self, layer: Layer, rank: int, a: Raw, b: Raw) -> None:
         dtype = OUT_DTYPES[self._plan.settings.dtype] or "F32"
