@@ -15,10 +15,8 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import xxhash
 
-from .._version import __version__
 from ..checkpoint import files
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import TaskvecError
@@ -53,9 +51,8 @@ def identify(plan: Plan, device: str, *, sha256: bool) -> RunIdentity:
     from .record import recipe
 
     headers = [(shard.name, xxhash.xxh3_128_hexdigest(shard.header)) for shard in plan.shards]
-    made_by = [__version__, np.__version__, device, _processor(), sha256]
     return RunIdentity(
-        _sha256([made_by, recipe(plan, None), headers]),
+        _sha256([recipe(plan, None), headers, device, _processor(), sha256]),
         _sha256([_pinned(checkpoint, plan) for checkpoint in plan.inputs]),
     )
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import taskvec as tv
 from taskvec.checkpoint import files, system
-from taskvec.run import edited, journal, output, staging, stream
+from taskvec.run import edited, journal, output, record, staging, stream
 from taskvec.run.output import Target
 
 from .checkpoints import write_model
@@ -243,7 +244,7 @@ def test_another_mask_is_another_run(here: Path) -> None:
 @pytest.mark.parametrize("version", ["taskvec", "numpy"])
 def test_another_version_computes_everything_itself(version: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leave()
-    monkeypatch.setattr(*{"taskvec": (journal, "__version__"), "numpy": (journal.np, "__version__")}[version], "0")
+    monkeypatch.setattr(*{"taskvec": (record, "__version__"), "numpy": (np, "__version__")}[version], "0")
     assert "not used" in subtract().notes[0]
 
 
@@ -267,10 +268,17 @@ def test_another_config_may_mean_another_layout_and_is_another_run(here: Path) -
     assert contents(here / "out") == expect(old="lora")
 
 
+def alike(folder: Path, shift: int) -> None:
+    """A fine-tune with the header of `old`, and other numbers."""
+    folder.mkdir(parents=True)
+    tensors = {name: t + shift for name, t in load_file("old/model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def swapped(here: Path) -> dict[str, tuple[Callable[[], tv.Report], Callable[[], tv.Report]]]:
     """Two runs of which each file has another part, under the same names."""
-    for folder, other in (("x", "old"), ("y", "base")):
-        shutil.copytree(here / other, here / folder / "ft")
+    alike(here / "x" / "ft", 1)
+    alike(here / "y" / "ft", 2)
     x, y, base = "x/ft", "y/ft", tv.Checkpoint.open("base")
     one, two = tv.TaskVector.between("base", x), tv.TaskVector.between("base", y)
     return {
@@ -295,7 +303,7 @@ def test_the_same_files_in_other_parts_are_another_run(case: str, here: Path) ->
 
 
 def test_folders_that_changed_their_names_are_other_inputs(here: Path) -> None:
-    shutil.copytree("base", "third")
+    alike(here / "third", 1)
     leave(base="third")
     for source, target in (("old", "temporary"), ("third", "old"), ("temporary", "third")):
         os.rename(source, target)
@@ -492,6 +500,29 @@ def test_a_run_whose_folder_went_before_it_was_locked_makes_another(here: Path, 
     with staging.Staging(target, fsync=False) as made:
         assert made.path.is_dir() and rooms(Path()) == [made.path.parent]
     assert taken and not rooms(here)
+
+
+def test_a_run_whose_folder_another_one_locked_first_makes_another(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, taken = files.lock, []
+
+    def after_another(fd: int) -> bool | None:
+        if taken:
+            return lock(fd)
+        taken.append(rooms(here)[0])
+        with open(taken[0] / "lock") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            return lock(fd)
+
+    monkeypatch.setattr(files, "lock", after_another)
+    with staging.Staging(Target.of("out"), fsync=False) as made:
+        assert made.path.parent.name != taken[0].name.removesuffix(".new")
+    assert not rooms(here)
+
+
+def test_a_folder_without_a_lock_is_of_no_run_that_could_go_on(here: Path) -> None:
+    (leave() / "lock").unlink()
+    assert subtract().notes == () and not rooms(here)
+    assert contents(here / "out") == expect()
 
 
 def test_a_folder_that_is_being_removed_does_not_stay(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
