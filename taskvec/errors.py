@@ -128,13 +128,13 @@ def show(name: object, limit: int = 200) -> str:
     is a token of the Hub, or a user and password in an address, is left out."""
     text = "".join(
         c if c.isprintable() and unicodedata.bidirectional(c) not in _BIDI_CONTROLS else ascii(c)[1:-1]
-        for c in _shortened(_without_secrets(str(name)), limit)
+        for c in _shortened(_without_secrets(_shortened(str(name), 20 * limit)), limit)
     )
     return _shortened(text, limit)
 
 
 def _without_secrets(text: str) -> str:
-    return _SECRETS.sub(lambda found: f"{found[1] or ''}…", text) if "://" in text or "hf_" in text else text
+    return _SECRETS.sub(lambda found: f"{found[1] or found[2] or ''}…", text)
 
 
 def _shortened(text: str, limit: int) -> str:
@@ -142,7 +142,12 @@ def _shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit // 2] + "…" + text[len(text) - limit + limit // 2 :]
 
 
-_SECRETS = re.compile(r"((?<!\bhf)://|://(?=[^/@\s]*:))[^/@\s]+(?=@)|hf_[A-Za-z0-9]{30,}")  # hf://name@revision has none
+# user:password@, user@ (hf://name@revision has none); the value of ?key=value; a token, whose _ click makes a -
+_SECRETS = re.compile(
+    r"((?<!\bhf)://|://(?=[^/@\s]{0,200}:))(?:[^/:@\s]{0,200}:[^@\s]{0,200}|[^/@\s]{1,200})(?=@)"
+    r"|([?&][\w.%-]{1,100}=)[^&#\s'\"]+"
+    r"|(?:hf|api[_-]org)[_-](?:(?:oauth|jwt)[_-][\w.-]{20,}|[A-Za-z0-9]{30,})"
+)
 _BIDI_CONTROLS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
 
 

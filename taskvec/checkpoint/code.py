@@ -4,24 +4,29 @@ files import. They are read as text, never imported; what is copied is copied as
 
 from __future__ import annotations
 
-import ast
-import json
 import re
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, listing, show
 from .checkpoint import Checkpoint
 from .files import absent, read_bytes
-from .folder import SideFile, side_files
+from .folder import DEEPEST_FOLDERS, SideFile, side_files
+from .locate import parse_json
 
 _LARGEST_CONFIG = 16 << 20  # bytes
 _LARGEST_MODULE = 4 << 20
 _OTHER_REPOSITORY = "--"  # in org/name--module.Class
-_LOOKS_RELATIVE = re.compile(r"^\s*(?:from|import)\s+\.([\w.]+)", re.MULTILINE)  # what transformers takes for an import
+# An import where a statement may begin, in a string too: transformers goes by the text as well. No part of it can match
+# what the next one can, so that its time is linear.
+_IMPORT = re.compile(
+    r"(?:^|[;:])[ \t]*(?:from\b[ \t]*(?=[.\w])(\.*)((?:\w[\w.]*)?)[ \t]*\bimport\b[ \t]*(\([^)]*|[^\n]*)|import\b([^\n]*))",
+    re.MULTILINE,
+)
+_NAME = re.compile(r"(\bas[ \t]+)?(\w[\w.]*)")
+_NO_STATEMENT = re.compile(r"\\\r?\n|#[^\n]*")  # a line that goes on, a comment
 _FOUND_BY_NAME = "custom_generate/"  # a folder whose code transformers looks for without a config that says so
 
 
@@ -103,35 +108,55 @@ def _needed(references: Iterable[_Reference], held: dict[str, Path], python: Col
 
 
 def _imported(name: str, source: Path, python: Collection[str]) -> Iterator[str]:
-    """The Python files of the folder that one of them imports, wherever in it; all beside it if it is no Python to us."""
-    here = PurePosixPath(name).parent
+    """The Python files of the folder that one of them imports, wherever in it; all beside it if it is too large to read."""
+    here = _above(name)
     try:
-        text = read_bytes(source, _LARGEST_MODULE)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the parser thinks of the model's strings is not for our user
-            tree = ast.parse(text)
-    except (CheckpointError, SyntaxError, ValueError, RecursionError, MemoryError):
-        yield from (other for other in python if PurePosixPath(other).parent == here)
+        text = read_bytes(source, _LARGEST_MODULE).decode("utf-8", "replace")
+    except CheckpointError:
+        yield from (other for other in python if _above(other) == here)
         return
-    modules = [module for node in ast.walk(tree) for module in _modules(node, here)]
-    modules += [str(here / module) for module in _LOOKS_RELATIVE.findall(text.decode("utf-8", "replace"))]  # in strings too
-    for module in modules:
-        parts = PurePosixPath(module)
-        inits = (str(folder / "__init__.py") for folder in (parts, *parts.parents))
-        yield from (other for other in (f"{module}.py", *inits) if other in python)
+    files, folders = frozenset(python), frozenset(folder for other in python for folder in _folders_of(other))
+    for place, module, names in _statements(text, _folders_of(name)):
+        for path in _paths(place, module, names, folders):
+            yield from (file for file in (f"{path}.py", f"{path}/__init__.py") if file in files)
 
 
-def _modules(node: ast.AST, here: PurePosixPath) -> Iterator[str]:
-    """What an import statement may mean, as paths below the folder without their ending."""
-    if isinstance(node, ast.Import):
-        for alias in node.names:
-            yield from (str(place / alias.name.replace(".", "/")) for place in (here, PurePosixPath()))
-    elif isinstance(node, ast.ImportFrom):
-        above = [here, *here.parents]
-        places = above[node.level - 1 : node.level] if node.level else [here, PurePosixPath()]
-        for place in places:
-            module = place / (node.module or "").replace(".", "/")
-            yield from (str(module), *(str(module / alias.name) for alias in node.names))
+def _statements(text: str, above: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Every import as (folder that it starts from, dotted module, names that may be modules in it). `above`: the folders
+    that the file is in, from its own up to that of the model, which is empty."""
+    for found in _IMPORT.finditer(_NO_STATEMENT.sub(" ", text)):
+        dots, module, names, plain = found.groups()
+        level = len(dots or "")
+        places = above[level - 1 : level] if level else list(dict.fromkeys((above[0], above[-1])))
+        if plain is None:
+            yield from ((place, module, names) for place in places)
+        else:
+            plains = (name[2] for name in _NAME.finditer(plain) if not name[1])
+            yield from ((place, name, "") for name in plains for place in places)
+
+
+def _paths(place: str, module: str, names: str, folders: Collection[str]) -> Iterator[str]:
+    """What an import may mean, as paths without their ending, no further than the folders go."""
+    at = place
+    for part in module.split(".", DEEPEST_FOLDERS)[:DEEPEST_FOLDERS] if module else ():
+        if at not in folders:
+            return
+        at = f"{at}/{part}" if at else part
+        yield at
+    if at in folders:
+        yield from (f"{at}/{name[2]}" if at else name[2] for name in _NAME.finditer(names) if not name[1])
+
+
+def _above(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _folders_of(name: str) -> list[str]:
+    """The folders that a file is in: its own first, that of the model, which is empty, last."""
+    found = [_above(name)]
+    while found[-1]:
+        found.append(_above(found[-1]))
+    return found
 
 
 def _references(held: dict[str, Path], any_code: bool) -> Iterator[_Reference]:
@@ -154,8 +179,8 @@ def _references(held: dict[str, Path], any_code: bool) -> Iterator[_Reference]:
 def _read(source: Path) -> Any:
     """What a config says; nothing, if it cannot be read: then loaders find nothing in it either."""
     try:
-        return json.loads(read_bytes(source, _LARGEST_CONFIG).decode("utf-8"))
-    except (CheckpointError, ValueError, RecursionError):
+        return parse_json(read_bytes(source, _LARGEST_CONFIG).decode("utf-8"))
+    except (CheckpointError, ValueError):
         return None
 
 
@@ -190,7 +215,7 @@ def _classes(config: str, folder: str, what: str, value: Any, optional: bool = F
         return
     if not _is_inside(value):
         raise CheckpointError(
-            f"{show(config)}: auto_map: {show(what)} is {show(value)}, which leads out of the model folder",
+            f"{show(config)}: {show(what)} is {show(value)}, which leads out of the model folder",
             hint="Name code of the folder: module.Class",
         )
     module = value.rpartition(".")[0]

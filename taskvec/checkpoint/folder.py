@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ..errors import CheckpointError, MismatchError, listing, show
 from .checkpoint import Checkpoint
 from .files import absent, exists, is_folder, names_in, read_bytes, size_of
-from .locate import read_json
+from .locate import parse_json, read_json
 
 _DENIED_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx",
@@ -30,8 +30,13 @@ _DENIED_NAMES = re.compile(
     r"^(README\.md|params\.json|consolidated.*|adapter_.*|optimizer.*|scheduler\.pt|rng_state.*|scaler.*"
     r"|trainer_state\.json|training_args\..*|zero_to_fp32\.py|latest|events\.out\.tfevents.*|taskvec\.json)$"
 )
-_PLACED = {"config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}  # where what saved it was loaded from
+_CONFIG = re.compile(r"(.*_)?config(_.*)?\.json|(model_index|modules|special_tokens_map)\.json")
+_PLACES = {  # keys of configs that say where what saved it had something
+    "_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_name_or_path", "cache_dir", "vocab_file",
+    "merges_file", "tokenizer_file", "special_tokens_map_file", "added_tokens_file", "tokenizer_config_file",
+}  # fmt: skip
 _LARGEST_PLACED = 16 << 20  # bytes
+DEEPEST_FOLDERS = 32  # in each other, in a model
 _LARGEST_MODULES = 1 << 20  # bytes; a pipeline has a handful of modules
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -83,7 +88,7 @@ def side_files(checkpoint: Checkpoint, out_dtype: str | None, changes: Mapping[s
         notes.append(f"not copied, being other weights, training state or the like: {listing(sorted(left))}")
     if out_dtype is not None or changes:
         found = [_changed_config(f, out_dtype, changes) if f.name == "config.json" else f for f in found]
-    found = [_without_place(file, notes) if file.name in _PLACED else file for file in found]
+    found = [_without_places(file, notes) if _CONFIG.fullmatch(file.name.rpartition("/")[2]) else file for file in found]
     return found, notes
 
 
@@ -97,6 +102,8 @@ def _denied(name: str) -> bool:
 
 
 def _walk(folder: Path, prefix: str, notes: list[str], left: list[str]) -> Iterator[tuple[str, Path]]:
+    if prefix.count("/") > DEEPEST_FOLDERS:
+        raise CheckpointError(f"{show(folder)}: more than {DEEPEST_FOLDERS} folders in each other", hint="Remove it")
     for entry in names_in(folder):
         name, path = prefix + entry, folder / entry
         if entry.startswith("."):
@@ -124,9 +131,9 @@ def _module_folders(folder: Path) -> set[str]:
     if not exists(folder / "modules.json"):
         return set()
     try:
-        modules = json.loads(read_bytes(folder / "modules.json", _LARGEST_MODULES).decode("utf-8"))
+        modules = parse_json(read_bytes(folder / "modules.json", _LARGEST_MODULES).decode("utf-8"))
         return {str(module["path"]).partition("/")[0] for module in modules if module.get("path")}
-    except (CheckpointError, ValueError, TypeError, AttributeError, RecursionError):
+    except (CheckpointError, ValueError, TypeError, AttributeError):
         return set()
 
 
@@ -141,35 +148,36 @@ def _changed_config(file: SideFile, out_dtype: str | None, changes: Mapping[str,
     return _with_content(file, config)
 
 
-def _without_place(file: SideFile, notes: list[str]) -> SideFile:
-    """Of an absolute path on the machine that saved the file only the last part: loaders set it anew."""
-    key = _PLACED[file.name]
+def _without_places(file: SideFile, notes: list[str]) -> SideFile:
+    """Of an absolute path on the machine that saved a config only the last part: loaders set it anew."""
     try:
-        content = json.loads(file.content or read_bytes(file.source, _LARGEST_PLACED))
-        placed = [part for part in _parts(content) if _is_place(part.get(key))]
-        for part in placed:
-            part[key] = PureWindowsPath(part[key]).name
-        changed = _with_content(file, content) if placed else file
-    except (CheckpointError, ValueError, AttributeError, RecursionError):  # not ours to judge: copied as it is
+        content = parse_json((file.content or read_bytes(file.source, _LARGEST_PLACED)).decode("utf-8"))
+    except (CheckpointError, ValueError):  # not ours to judge: copied as it is
         return file
-    if placed:
-        notes.append(f"{show(file.name)}: of its {key}, an absolute path, only the last part is kept")
-    return changed
+    keys = dict.fromkeys(_shorten_places([content]))
+    if not keys:
+        return file
+    notes.append(f"{show(file.name)}: of its {listing(keys)}, an absolute path, only the last part is kept")
+    return _with_content(file, content)
 
 
-def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """A config and those nested in it."""
-    nested = (v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict))
-    return [config, *(part for found in nested for part in _parts(found))]
+def _shorten_places(content: Any) -> Iterator[str]:
+    """Change them, at any depth, and yield their keys."""
+    for key, value in list(content.items() if isinstance(content, dict) else enumerate(content)):
+        if key in _PLACES and _is_place(value):
+            content[key] = PureWindowsPath(value).name
+            yield key
+        elif isinstance(value, (dict, list)):
+            yield from _shorten_places(value)
 
 
 def _is_place(name: object) -> bool:
     return isinstance(name, str) and (
-        PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name[:2] == "~/"
+        PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name.lower().startswith(("~/", "file:"))
     )
 
 
-def _with_content(file: SideFile, config: dict[str, Any]) -> SideFile:
+def _with_content(file: SideFile, config: Any) -> SideFile:
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     content = text.encode(errors="backslashreplace")  # a lone surrogate is written as its JSON escape again
     return file._replace(content=content, nbytes=len(content))

@@ -17,6 +17,7 @@ from .hub import hub_api, talking_about
 
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".json", ".yaml", ".yml")
 _NAMED = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[^\s@]+)?")  # org/name, org/name@revision
+_PASSWORD = re.compile(r"://[^/:@]*:(?!\d+/)[^@]*@")  # with slashes too, but no port
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def parse(source: str, revision: str | None = None) -> Named:
     from huggingface_hub import constants, parse_hf_uri
 
     id, at, bare = source.partition("@") if "://" not in source else ("", "", "")
-    user, at_host, _ = source.partition("://")[2].partition("/")[0].rpartition("@")
-    if at_host and (":" in user or not source.startswith("hf://")):
+    _, at_host, _ = source.partition("://")[2].partition("/")[0].rpartition("@")
+    if _PASSWORD.search(source) or (at_host and not source.startswith("hf://")):
         raise UsageError("an address with a user or password in it", hint="Leave it out; log in with `hf auth login`")
     with talking_about(source, "read it"):
         uri = parse_hf_uri(source if "://" in source else f"hf://{id}", endpoint=constants.ENDPOINT)

@@ -1,40 +1,41 @@
-"""Computing an output again from the inputs of its record: where they lie, the plan that made it, and what differs."""
+"""Computing an output again from the inputs of its record: the plan that made it, and what differs."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import InputFiles, exists
-from ..checkpoint.locate import ADAPTER_WEIGHTS, locate_peft
-from ..checkpoint.repository import cached
+from ..checkpoint.files import InputFiles
 from ..delta.adapters import open_adapter
 from ..delta.dense import FineTune
 from ..delta.source import DeltaSource
 from ..delta.stored import KIND, StoredVector
-from ..delta.vector import TaskVector
+from ..delta.vector import TaskVector, formula
 from ..delta.weighting import Depth, Masked, Scaled, Selected
-from ..errors import CheckpointError, TaskvecError, counted, show
+from ..errors import CheckpointError, counted, show
 from .extract import vector_plan
 from .jobs import Job
+from .output import RECORD
 from .plan import Options, Plan, make_plan
-from .record import counts_of, hashed
+from .record import counts_of, hashed, totals
+from .relocate import Places, inputs, key
 
 if TYPE_CHECKING:
     from .kernel import Counts
 
+_UNTOUCHED = {"changed": 0}
 
-def plan_again(checkpoint: Checkpoint, content: dict[str, Any], against: list[Path]) -> Plan:
-    """The plan that made the output. Raises CheckpointError when an input is not found, or is another one by now."""
-    home = checkpoint.path.resolve()
-    base = Checkpoint.open(_find(content["base"], home, against))
+
+def plan_again(checkpoint: Checkpoint, content: dict[str, Any], places: Places) -> Plan:
+    """The plan that made the output, its inputs being in `places`. Raises UsageError, MismatchError or OverflowError for an
+    edit that cannot be made, CheckpointError for an input that cannot be read, or is another one by now."""
+    base = Checkpoint.open(places[key("base", content["base"])])
     terms: list[tuple[float, DeltaSource]] = []
     for term in content["vector"]:
-        terms.append((float(term["coefficient"]), _source_again(term, home, against)))
+        terms.append((float(term["coefficient"]), _source_again(term, places)))
     options, vector, single_file = _options(content["options"]), TaskVector(tuple(terms)), checkpoint.folder is None
     if content.get("kind") == KIND:
         return vector_plan(base, vector, options, single_file=single_file, names=set(checkpoint.tensors))
@@ -94,16 +95,66 @@ def differing(plan: Plan, checkpoint: Checkpoint, names: Collection[str]) -> Ite
         files.close()
 
 
-def found_wrong(plan: Plan, checkpoint: Checkpoint, content: dict[str, Any], names: Collection[str]) -> Iterator[str]:
-    """What is wrong with these tensors, or with what the record says of them."""
+def found_wrong(
+    plan: Plan, checkpoint: Checkpoint, content: dict[str, Any], names: Collection[str], did: dict[str, Counts]
+) -> Iterator[str]:
+    """What is wrong with these tensors, or with what the record says of them. `did` takes what the edit did to each."""
     recorded = content.get("tensors")
-    for job, wrong, did in differing(plan, checkpoint, names):
+    for job, wrong, counts in differing(plan, checkpoint, names):
         if wrong and job.copied:
             yield f"{show(job.name)}: is not base's: {counted(wrong, 'byte')} different, or base changed"
         elif wrong:
             yield f"{show(job.name)}: is not {show(plan.formula)}: {wrong} elements differ, or an input changed"
-        elif job.terms and isinstance(recorded, dict) and recorded.get(job.name) != counts_of(did):
-            yield f"{show(job.name)}: the record says {recorded.get(job.name)} of it, and it is {counts_of(did)}"
+        elif job.copied:
+            if isinstance(recorded, dict) and (job.name in recorded) != bool(counts.differs):
+                yield f"{show(job.name)}: {counted(counts.differs, 'byte')} other in tuned, and the record says otherwise"
+        else:
+            did[job.name] = counts
+            said = recorded.get(job.name, _UNTOUCHED) if isinstance(recorded, dict) else counts_of(counts)
+            if said != counts_of(counts):
+                yield f"{show(job.name)}: the record says {show(said)} of it, and it is {counts_of(counts)}"
+
+
+def misstated(
+    plan: Plan, checkpoint: Checkpoint, content: dict[str, Any], places: Places, did: dict[str, Counts]
+) -> Iterator[str]:
+    """What the record says of the whole edit and is not so. `did`: of the tensors that were computed again; of the others
+    the record's own numbers are added up."""
+    vector = content.get("kind") == KIND
+    expected: dict[str, Any] = {}
+    if all(places[key(role, recorded)].name == recorded["name"] for role, recorded in inputs(content)):
+        expected["formula"] = formula(plan.vector).removeprefix("+ ") if vector else plan.formula
+    if checkpoint.folder is not None:
+        named = _numbers_of(content["tensors"])
+        for name in _unlike_names(plan, named):
+            yield f"{RECORD}: tensor {show(name)}: its numbers are missing, or are of one that is only copied"
+        if not vector:
+            expected |= {"only_in_base": list(plan.missing), "only_in_tuned": list(plan.unused)}
+            expected |= totals(plan, {**named, **did})
+            if any(not job.copied and job.name not in did for job in plan.jobs):
+                del expected["elements_lost_to_rounding"]  # no sum of what is lost in each
+    said = {**content, **content.get("changes", {})}
+    for what, value in expected.items():
+        if said.get(what) != value:
+            yield f"{RECORD}: {what}: {show(said.get(what))}, expected {show(value)}"
+
+
+def _unlike_names(plan: Plan, named: Collection[str]) -> list[str]:
+    """Tensors that the record has numbers of and should not, or the other way round; of an empty one it may have none."""
+    possible = {job.name for job in plan.jobs if not job.copied or job.compared}
+    needed = {job.name for job in plan.jobs if not job.copied and job.nbytes}
+    return sorted({*named} - possible | needed - {*named})
+
+
+def _numbers_of(tensors: dict[str, dict[str, int]]) -> dict[str, Counts]:
+    from .kernel import Counts
+
+    return {
+        name: Counts(
+            n["changed"] + n.get("lost", 0), n["changed"], *(n.get(k, 0) for k in ("overflow", "nonfinite", "differs"))
+        )
+        for name, n in tensors.items()
+    }
 
 
 def _hash(content: bytes) -> tuple[int, str]:
@@ -115,11 +166,11 @@ def _options(settings: dict[str, Any]) -> Options:
     return Options(settings["out_dtype"], settings["max_shard_size"], include, exclude, bool(settings.get("code", True)))
 
 
-def _source_again(term: dict[str, Any], home: Path, against: list[Path]) -> DeltaSource:
-    source = _input_again(term, home, against)
+def _source_again(term: dict[str, Any], places: Places) -> DeltaSource:
+    source = _input_again(term, places)
     for view in term.get("through", []):
         if "masks" in view:
-            source = Masked(source, Checkpoint.open(_find(view["masks"], home, against)))
+            source = Masked(source, Checkpoint.open(places[key("masks", view["masks"])]))
         elif "only" in view:
             source = Selected(source, tuple(view["only"]), tuple(view["without"]))
         else:
@@ -129,48 +180,16 @@ def _source_again(term: dict[str, Any], home: Path, against: list[Path]) -> Delt
     return source
 
 
-def _input_again(term: dict[str, Any], home: Path, against: list[Path]) -> DeltaSource:
+def _input_again(term: dict[str, Any], places: Places) -> DeltaSource:
+    place = {role: places[key(role, term[role])] for role in ("tuned", "origin", "stored", "adapter") if role in term}
     if "stored" in term:
-        return StoredVector.open(_find(term["stored"], home, against), force_base=bool(term["force_base"]))
+        return StoredVector.open(place["stored"], force_base=bool(term["force_base"]))
     if "adapter" in term:
-        adapter = open_adapter(_find(term["adapter"], home, against))
+        adapter = open_adapter(place["adapter"])
         if adapter.config_sha256 != term["config_sha256"]:
             raise CheckpointError(f"the config of adapter {show(adapter.label)} is another one by now")
-        if "origin" in term:
-            return adapter.trained_on(Checkpoint.open(_find(term["origin"], home, against)))
-        return adapter
-    tuned, origin = (Checkpoint.open(_find(term[key], home, against)) for key in ("tuned", "origin"))
-    return FineTune(tuned, origin)
+        return adapter.trained_on(Checkpoint.open(place["origin"])) if "origin" in term else adapter
+    return FineTune(Checkpoint.open(place["tuned"]), Checkpoint.open(place["origin"]))
 
 
-def _find(recorded: dict[str, Any], home: Path, against: list[Path]) -> Path:
-    """The recorded input among the places it can be: same files, same sizes, same headers."""
-    name = str(recorded["name"])
-    places = [
-        *against,
-        *([Path(os.path.normpath(home / recorded["from_output"]))] if "from_output" in recorded else []),
-    ]
-    if Path(name).name == name:
-        places += [home.parent / name, Path(name)]
-    if "revision" in recorded:
-        places.append(cached(str(recorded["repository"]), str(recorded["revision"])) / str(recorded["path"]))
-    for place in places:
-        if exists(place) and _is_recorded(place, recorded):
-            return place
-    raise CheckpointError(
-        f"input {show(name)} of {show(home.name)} was not found, or is another one by now",
-        hint="Say where it is with --against PATH",
-    )
-
-
-def _is_recorded(place: Path, recorded: dict[str, Any]) -> bool:
-    try:
-        folder = locate_peft(place)
-        opened = Checkpoint.open(place if folder is None else folder / ADAPTER_WEIGHTS)
-    except TaskvecError:
-        return False
-    found = {(s.path.name, s.identity.size, s.header_sha256) for s in opened.shards}
-    return found == {(f["name"], f["bytes"], f["header_sha256"]) for f in recorded["files"]}
-
-
-__all__ = ["differing", "found_wrong", "plan_again", "unlike_base", "unlike_plan"]
+__all__ = ["differing", "found_wrong", "misstated", "plan_again", "unlike_base", "unlike_plan"]

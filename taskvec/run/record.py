@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .stream import RunResult
 
 FORMAT = 2  # of the record; from 2 on it lists the small files, and is sealed
+FORMATS = (1, 2)  # that are known here
 CARD = "README.md"
 SEAL = "record_sha256"
 _HASHED = 1 << 20  # bytes per read
@@ -136,10 +137,15 @@ def tensor_changes(plan: Plan, result: RunResult) -> dict[str, dict[str, int]]:
 
 def changes(plan: Plan, result: RunResult) -> dict[str, int]:
     """Totals over all tensors, in tensors, elements and bytes."""
+    return totals(plan, result.counts)
+
+
+def totals(plan: Plan, did: Mapping[str, Counts]) -> dict[str, int]:
+    """As `changes`, given what the edit did to each tensor."""
     from .kernel import Counts
 
     total = Counts()
-    for counts in result.counts.values():
+    for counts in did.values():
         total.add(counts)
     edited = plan.edited
     return {
@@ -151,7 +157,7 @@ def changes(plan: Plan, result: RunResult) -> dict[str, int]:
         "elements_lost_to_rounding": total.lost,
         "elements_overflowed": total.overflow,
         "elements_not_finite": total.nonfinite,
-        "copied_tensors_that_differ": sum(bool(counts.differs) for counts in result.counts.values()),
+        "copied_tensors_that_differ": sum(bool(counts.differs) for counts in did.values()),
     }
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.checkpoint import Checkpoint, Shard
 from ..checkpoint.files import InputFiles, exists, names_in
@@ -15,11 +15,17 @@ from ..checkpoint.locate import existing, locate_peft, parse_json, read_json
 from ..delta.adapters.config import AdapterFolder
 from ..delta.source import FLOATS
 from ..delta.stored import METADATA_KEY
-from ..errors import CheckpointError, TaskvecError, UsageError, VerificationError, counted, listing, show
+from ..errors import CheckpointError, MismatchError, TaskvecError, UsageError, VerificationError, counted, listing, show
 from .jobs import CHECKSUM_PLACE
 from .output import RECORD
-from .recompute import found_wrong, plan_again, unlike_base, unlike_plan
+from .recompute import found_wrong, misstated, plan_again, unlike_base, unlike_plan
+from .record import FORMATS
+from .relocate import Places, relocate
 from .verify_side import check_side, intruders
+
+if TYPE_CHECKING:
+    from .kernel import Counts
+    from .plan import Plan
 
 _SAMPLE = 3  # edited tensors computed again, if nothing is said
 
@@ -95,7 +101,7 @@ def _verified(
             _recompute(checkpoint, content, against, depth, found)
         else:
             found.skipped.append("nothing computed again: the weights are not those that were written")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, TaskvecError):
             raise
         raise CheckpointError(f"{show(checkpoint.path)}: its record is damaged ({show(repr(error))})") from error
@@ -114,11 +120,21 @@ def _intruders(folder: Path) -> list[str]:
     """What may be why the output does not open."""
     try:
         return intruders(folder, read_json(folder / RECORD))
-    except (CheckpointError, KeyError, TypeError):
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
         return []
 
 
 def _record(checkpoint: Checkpoint) -> dict[str, Any]:
+    content = _read_record(checkpoint)
+    if content.get("format") not in (None, *FORMATS):
+        raise CheckpointError(
+            f"{show(checkpoint.path)}: its record is of format {show(content['format'])}, expected one of {FORMATS}",
+            hint="Take the taskvec that made it, or a newer one",
+        )
+    return content
+
+
+def _read_record(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.folder is not None:
         path = checkpoint.folder / RECORD
         if not exists(path):
@@ -218,27 +234,100 @@ def _recompute(
     depth: _Depth,
     found: Verification,
 ) -> None:
-    """Against the inputs: which tensors there are, the side files, and the values of a sample or of all tensors."""
+    """Against the inputs: which tensors there are, the side files, the values of a sample or of all tensors, and what the
+    record says of the whole. Where inputs look alike, one way that fits to tell them apart is enough."""
+    needed = bool(against) or depth.full
     try:
-        plan = plan_again(checkpoint, content, [existing(path) for path in against])
+        ways, sure = relocate(checkpoint, content, [existing(path) for path in against])
+        again = _planned(checkpoint, content, ways, depth)
     except TaskvecError as error:
-        if against or depth.full:
-            raise
+        _without_inputs(error, needed, found)
+        return
+    problems, checks = _fitting(again)
+    if problems and not sure:
+        alike = f"the inputs of {show(checkpoint.path.name)} look alike, and which is which is not clear"
+        hint = "Name each with --against PATH, by the name it had then"
+        _without_inputs(CheckpointError(alike, hint=hint), needed, found)
+        return
+    found.problems += problems
+    found.checks += checks
+
+
+def _without_inputs(error: TaskvecError, needed: bool, found: Verification) -> None:
+    """What is wrong without them is said first; if nothing is, and they are `needed`, that is an error."""
+    if not needed:
         found.skipped.append(f"nothing computed again: {error}")
-        return
-    if checkpoint.folder is not None and "files" in content:  # an older taskvec had other rules
-        found.problems += unlike_base(plan, checkpoint.folder)
-    unlike = list(unlike_plan(plan, checkpoint))
-    found.problems += unlike
-    if unlike:
-        return
-    edited = [job.name for job in plan.jobs if not job.copied]
-    copied = [job.name for job in plan.jobs if job.copied] if depth.full else []
-    chosen = edited if depth.full else random.sample(edited, min(depth.sample, len(edited)))
-    found.problems += found_wrong(plan, checkpoint, content, {*chosen, *copied})
-    found.checks.append(f"computed again: {len(chosen)} of {len(edited)} edited tensors ({listing(chosen)})")
-    if depth.full:
-        found.checks.append(f"compared with base: {counted(len(copied), 'copied tensor')}, byte for byte")
+    elif found.problems:
+        found.problems.append(str(error))
+    else:
+        raise error
+
+
+def _planned(checkpoint: Checkpoint, content: dict[str, Any], ways: list[Places], depth: _Depth) -> list[_Again]:
+    """The ways whose inputs can be opened. Raises the first one's TaskvecError if there is none."""
+    seed = random.random()
+    found: list[_Again] = []
+    errors: list[TaskvecError] = []
+    for places in ways:
+        try:
+            found.append(_Again(checkpoint, content, places, depth, seed))
+        except TaskvecError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
+
+
+def _fitting(again: Sequence[_Again]) -> tuple[list[str], list[str]]:
+    """Problems and checks of the way that fits; if none does, of the one with the fewest problems."""
+    if len(again) > 1:
+        for one in again:
+            if not any(one.problems()):
+                return [], one.checks
+    found = [(list(one.problems()), one.checks) for one in again]
+    return min(found, key=lambda outcome: len(outcome[0]))
+
+
+class _Again:
+    """An output computed again from inputs in `places`. `checks`: what was compared by then."""
+
+    def __init__(self, checkpoint: Checkpoint, content: dict[str, Any], places: Places, depth: _Depth, seed: float) -> None:
+        self._checkpoint, self._content, self._places, self._depth, self._seed = checkpoint, content, places, depth, seed
+        self._plan: Plan | str
+        self.checks: list[str] = []
+        try:
+            self._plan = plan_again(checkpoint, content, places)
+        except (UsageError, MismatchError, OverflowError) as error:
+            self._plan = f"its record says what cannot be done: {show(error, 400)}"
+
+    def problems(self) -> Iterator[str]:
+        checkpoint, content, plan = self._checkpoint, self._content, self._plan
+        if isinstance(plan, str):
+            yield plan
+            return
+        self.checks.clear()
+        if checkpoint.folder is not None and "files" in content:  # an older taskvec had other rules
+            yield from unlike_base(plan, checkpoint.folder)
+        unlike = list(unlike_plan(plan, checkpoint))
+        yield from unlike
+        if unlike:
+            return
+        chosen, copied = self._choose(plan)
+        did: dict[str, Counts] = {}
+        yield from found_wrong(plan, checkpoint, content, {*chosen, *copied}, did)
+        if content.get("format") != 1:
+            yield from misstated(plan, checkpoint, content, self._places, did)
+
+    def _choose(self, plan: Plan) -> tuple[list[str], list[str]]:
+        """Edited and copied tensors to compute again; the same ones each time."""
+        edited, full = [job.name for job in plan.jobs if not job.copied], self._depth.full
+        copied = [job.name for job in plan.jobs if job.copied] if full else []
+        count = min(self._depth.sample, len(edited))
+        chosen = edited if full else random.Random(self._seed).sample(edited, count)
+        self.checks.append(f"computed again: {len(chosen)} of {len(edited)} edited tensors ({listing(chosen)})")
+        if full:
+            self.checks.append(f"compared with base: {counted(len(copied), 'copied tensor')}, byte for byte")
+        return chosen, copied
 
 
 __all__ = ["Verification", "check", "verify"]

@@ -5,16 +5,17 @@ what the shards say, and whether something lies there that a loader would take w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import exists, is_folder, names_in
+from ..checkpoint.folder import DEEPEST_FOLDERS
 from ..checkpoint.locate import read_json
 from ..errors import CheckpointError, listing, show
 from .output import RECORD
-from .record import CARD, SEAL, hashed, index, index_name, sealed, small_files
+from .record import CARD, FORMAT, SEAL, hashed, index, index_name, sealed, small_files
 
 _IN_PLACE = re.compile(  # weights that some loader prefers to ours, or takes for those of the model
     r"(pytorch_|tf_|flax_|rust_|adapter_|diffusion_pytorch_)?model[\w.-]*\.(bin|pt|pth|ckpt|h5|msgpack|ot|onnx)"
@@ -43,8 +44,8 @@ def check_side(checkpoint: Checkpoint, content: dict[str, Any], beside: bool) ->
     if folder is None:
         return SideFindings([], [], [])
     problems, noted = [], []
-    old = content.get("format") == 1
-    if not old and content.get(SEAL) != sealed(content)[SEAL]:
+    old = content.get("format") == 1 and not {SEAL, "files"} & content.keys()
+    if not old and (content.get("format") != FORMAT or content.get(SEAL) != sealed(content)[SEAL]):
         problems.append(f"{RECORD}: is not the record that was written: it was edited")
     if old:
         noted.append(f"contents of side files: {RECORD} is of an older taskvec and has no checksums of them")
@@ -52,6 +53,8 @@ def check_side(checkpoint: Checkpoint, content: dict[str, Any], beside: bool) ->
     own = dict.fromkeys([*small_files(content), *expected])
     for name in own:
         fault = _fault(folder, name, expected.get(name))
+        if fault is None and not old and name not in expected and exists(folder / name):
+            fault = "the record has no checksum of it"
         if fault and name == CARD:
             noted.append(f"{CARD}: {fault}, as people may")
         elif fault:
@@ -59,7 +62,7 @@ def check_side(checkpoint: Checkpoint, content: dict[str, Any], beside: bool) ->
     problems += _index_faults(checkpoint, content)
     if beside:
         problems += intruders(folder, content)
-        noted += [f"{show(name)}: not of this output" for name in _foreign(folder, own) if not _is_taken(name)]
+        noted += [f"{show(name)}: not of this output" for name in _foreign(folder, own) if not _is_taken(name, own)]
     present = [name for name in own if exists(folder / name)]
     return SideFindings([f"side files: {listing(present) or 'none'}"], problems, noted)
 
@@ -68,11 +71,14 @@ def intruders(folder: Path, content: dict[str, Any]) -> list[str]:
     """Files that are not of the output of this record, and that a loader of its folder would take."""
     listed = [str(entry["name"]) for entry in content.get("files") or []]
     own = dict.fromkeys([*small_files(content), *listed])
-    taken = (name for name in _foreign(folder, own) if _is_taken(name))
+    taken = (name for name in _foreign(folder, own) if _is_taken(name, own))
     return [f"{show(name)}: not of this output, and loaders would take it: remove it" for name in taken]
 
 
-def _is_taken(name: str) -> bool:
+def _is_taken(name: str, own: Iterable[str]) -> bool:
+    """`own`: a linked folder in which files of the output should be is taken for theirs."""
+    if name.endswith("/") and any(file.startswith(name) for file in own):
+        return True
     return bool(_IN_PLACE.fullmatch(name) or _ALONG.fullmatch(name))
 
 
@@ -88,7 +94,7 @@ def _fault(folder: Path, name: str, expected: tuple[int, str] | None) -> str | N
     except CheckpointError as error:
         return f"cannot be read: {error}"
     if nbytes != expected[0]:
-        return f"{nbytes} bytes, expected {expected[0]}: it was changed"
+        return f"{nbytes} bytes, expected {show(expected[0])}: it was changed"
     return None if sha256 == expected[1] else f"SHA-256 {sha256}, expected {expected[1]}: it was changed"
 
 
@@ -107,13 +113,17 @@ def _index_faults(checkpoint: Checkpoint, content: dict[str, Any]) -> Iterator[s
         yield f"{show(name)}: metadata {show(found.get('metadata'))}, expected {show(expected['metadata'])}"
 
 
-def _foreign(folder: Path, own: dict[str, None], prefix: str = "") -> Iterator[str]:
-    """Files in the folder that are not of the output, hidden ones left out: no loader takes those."""
+def _foreign(folder: Path, own: Collection[str], prefix: str = "") -> Iterator[str]:
+    """What is in the folder and not of the output, hidden things left out: no loader takes those. Of a folder that is a
+    link, or deeper than those of any model, the name alone: where it leads is not the output's."""
     for entry in names_in(folder):
         name = prefix + entry
         if entry.startswith(".") or name in own or name == RECORD:
             continue
-        if is_folder(folder / entry) and not (folder / entry).is_symlink():
-            yield from _foreign(folder / entry, own, name + "/")
+        if is_folder(folder / entry):
+            if (folder / entry).is_symlink() or prefix.count("/") >= DEEPEST_FOLDERS:
+                yield name + "/"
+            else:
+                yield from _foreign(folder / entry, own, name + "/")
         elif prefix or not entry.endswith(".safetensors"):  # of those it is said elsewhere
             yield name

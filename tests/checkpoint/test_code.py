@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,11 @@ IMPORTS: dict[str, tuple[str, set[str]]] = {
     "of a library": ("import torch, os.path\nfrom transformers.models import x2", set()),
     "above the folder": ("from ...x import a", set()),
     "in a string": ('"""\nfrom .x import a\n"""', {"x.py"}),
+    "after a colon": ("try: from .x import a\nexcept ImportError: import y", {"x.py", "y.py"}),
+    "over two lines": ("from . import \\\n    x", {"x.py"}),
+    "with comments": ("from . import (  # (of old)\n    x,  # y\n)", {"x.py"}),
+    "under another name": ("import torch as x\nfrom .y import a as x", {"y.py"}),
+    "without blanks": ("from.x import(a)", {"x.py"}),
     "an odd indent and line": ("if True:\n\tfrom   .x   import (\n a,\n b)", {"x.py"}),
 }
 
@@ -128,9 +135,55 @@ def test_all_that_transformers_looks_for_comes_along(case: str, folder: Path) ->
 @pytest.mark.parametrize(
     "text", ["print 'python 2'", "\0", "x = (" * 500, "é = '\udcff'".encode("utf-8", "surrogateescape").decode("latin-1")]
 )
-def test_of_a_file_that_is_no_python_here_all_beside_it_comes_along(text: str, folder: Path) -> None:
-    place(folder, config_json={"auto_map": {"AutoModel": "modeling.M"}}, modeling_py=text + "\n(", x_py="", sub__deep_py="")
+def test_the_imports_of_a_file_that_is_no_python_here_are_found_too(text: str, folder: Path) -> None:
+    place(folder, config_json={"auto_map": {"AutoModel": "modeling.M"}}, modeling_py=text + "\nfrom .x import a\n(", x_py="",
+          y_py="")  # fmt: skip
     assert set(code(folder)[0].files) == {"modeling.py", "x.py"}
+
+
+def test_of_a_file_that_is_too_large_to_read_all_beside_it_comes_along(folder: Path) -> None:
+    place(
+        folder,
+        config_json={"auto_map": {"AutoModel": "modeling.M"}},
+        modeling_py="#" * (4 << 20) + "#",
+        x_py="",
+        sub__y_py="",
+    )
+    assert set(code(folder)[0].files) == {"modeling.py", "x.py"}
+
+
+LONG = {
+    "empty lines": "\n" * (4 << 20),
+    "blanks": " " * (4 << 20),
+    "a from, and blanks": "from" + " " * (4 << 20 - 1),
+    "dots": "from " + "." * (4 << 20 - 1),
+    "parts": "import " + "a." * (2 << 20 - 1),
+    "parts of a from": "from " + "a." * (2 << 20 - 1) + "a import b",
+    "parts of the folder": "import " + "sub.deep." * (1 << 18),
+    "lines": "a\n" * (2 << 20),
+    "froms": "from;" * (4 << 17),
+    "open brackets": "from . import (\n" * (1 << 17),
+    "names": "from . import (" + "x, " * (1 << 19),
+    "imports": "import x;" * (1 << 18),
+    "colons": ":" * (4 << 20),
+    "backslashes": "\\\n" * (1 << 20),
+    "hashes": "#" * (4 << 20),
+    "a list": "x = [" + "1," * (2 << 20 - 1),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_a_file_made_to_be_slow_or_large_is_read_in_little_time_and_memory(case: str, folder: Path) -> None:
+    place(folder, config_json={"auto_map": {"AutoModel": "modeling.M"}}, modeling_py=LONG[case][: 4 << 20], sub__deep_py="")
+    checkpoint = Checkpoint.open(folder)
+    tracemalloc.start()
+    started = time.process_time()
+    try:
+        along(checkpoint, None, {}, True)
+        taken, peak = time.process_time() - started, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert taken < 20 and peak < 200 << 20
 
 
 def test_code_of_another_repository_is_not_copied_and_said_so(folder: Path) -> None:
@@ -156,7 +209,7 @@ def test_a_named_file_that_the_base_lacks_is_said(folder: Path) -> None:
 def test_a_name_that_leads_out_of_the_folder_is_refused(value: str, folder: Path) -> None:
     place(folder, config_json={"auto_map": {"AutoModel": value}})
     (folder.parent / "out.py").touch()
-    with pytest.raises(CheckpointError, match=r"config.json: auto_map: AutoModel is .* leads out of the model folder"):
+    with pytest.raises(CheckpointError, match=r"config.json: AutoModel is .* leads out of the model folder"):
         along(Checkpoint.open(folder), None, {}, True)
 
 

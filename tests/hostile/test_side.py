@@ -25,7 +25,7 @@ CONFIGS: dict[str, tuple[bytes | str, tuple[str, ...], int]] = {  # what it is, 
     "quantised": ('{"quantization_config":{"quant_method":"\\u001b[2J"}}', ("bad: config.json", "unquantised"), 3),
     "quantised inside": ('{"text_config":{"quantization_config":{"bits":4}}}', ("bad: config.json", "unquantised"), 3),
     "weights elsewhere": ('{"transformers_weights":"../x.safetensors"}', ("bad/config.json", "transformers_weights"), 3),
-    "code elsewhere": ('{"auto_map":{"AutoModel":"../../x.Model"}}', ("config.json", "auto_map", "../../x.Model"), 1),
+    "code elsewhere": ('{"auto_map":{"AutoModel":"../../x.Model"}}', ("config.json", "AutoModel", "../../x.Model"), 1),
 }
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -391,6 +393,130 @@ def test_vectors_and_single_files_are_compared_as_a_whole_too(kind: str, here: P
     assert found.ok and found.skipped == [] and "byte for byte" in found.checks[-1]
 
 
+def _is_nonsense(content: dict[str, Any], change: str) -> None:
+    changes: dict[str, Callable[[], object]] = {
+        "no vector": lambda: content.update(vector=[]),
+        "shards of no size": lambda: content["options"].update(max_shard_size=-1),
+        "an infinite coefficient": lambda: content["vector"][0].update(coefficient=float("inf")),
+        "a coefficient beyond float64": lambda: content["vector"][0].update(coefficient=10**400),
+        "another coefficient": lambda: content["vector"][0].update(coefficient=-0.25),
+        "a pattern beyond float64": lambda: content["vector"][0].update(
+            through=[{"patterns": [["*", 10**400]], "depth": None, "otherwise": 1}]
+        ),
+        "a dtype": lambda: content["options"].update(out_dtype="int4"),
+        "another formula": lambda: content.update(formula="edited = base"),
+        "no formula": lambda: content.pop("formula"),
+        "no changes": lambda: content.pop("changes"),
+        "other changes": lambda: content["changes"].update(elements_changed=1),
+        "no tensors": lambda: content.update(tensors={}),
+        "a tensor too few": lambda: content["tensors"].pop("h.1.w"),
+        "a tensor too many": lambda: content["tensors"].update({"ids": {"changed": 1}}),
+        "more in base": lambda: content.update(only_in_base=["x"]),
+        "more in tuned": lambda: content.pop("only_in_tuned"),
+        "no files": lambda: content.pop("files"),
+        "a file less": lambda: content["files"].pop(0),
+        "another format": lambda: content.update(format=1),
+        "no format": lambda: content.pop("format"),
+    }
+    changes[change]()
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "no vector", "shards of no size", "an infinite coefficient", "a coefficient beyond float64", "another coefficient",
+        "a pattern beyond float64", "a dtype", "another formula", "no formula", "other changes", "no tensors",
+        "a tensor too few", "a tensor too many", "more in base", "more in tuned", "no files", "a file less", "another format",
+        "no format", "no changes",
+    ],
+)  # fmt: skip
+def test_a_record_that_says_what_is_not_so_is_found_though_its_seal_fits(change: str, full: bool, here: Path) -> None:
+    _edit_record(here, lambda content: _is_nonsense(content, change), seal=True)
+    found = tv.verify("out", full=full)
+    assert found.problems and not any("nothing computed again" in line for line in found.skipped)
+
+
+def test_a_loss_of_the_record_that_is_not_so_is_found_when_all_is_computed_again(here: Path) -> None:
+    _edit_record(here, lambda content: content["changes"].update(elements_lost_to_rounding=1), seal=True)
+    (problem,) = tv.verify("out", full=True).problems
+    assert problem == "taskvec.json: elements_lost_to_rounding: 1, expected 0"
+
+
+def test_a_format_changed_by_hand_does_not_turn_the_seal_off(here: Path) -> None:
+    _edit_record(here, lambda content: content.update(format=1))
+    assert any("taskvec.json" in problem and "edited" in problem for problem in tv.verify("out").problems)
+
+
+@pytest.mark.parametrize("kind", [99, "2", [1]])
+def test_a_record_of_a_format_that_is_not_known_is_an_error_that_names_it(kind: Any, here: Path) -> None:
+    _edit_record(here, lambda content: content.update(format=kind), seal=True)
+    with pytest.raises(tv.CheckpointError, match=r"out: its record is of format .*, expected one of \(1, 2\)"):
+        tv.verify("out")
+
+
+@pytest.mark.parametrize("gone", ["base", "old"])
+def test_a_missing_input_does_not_hide_what_was_found(gone: str, here: Path) -> None:
+    flip(here / "out" / "config.json", -2)
+    shutil.rmtree(here / gone)
+    for options in ({"full": True}, {"against": ["out"]}):
+        found = tv.verify("out", **options)
+        assert [problem.partition(",")[0].partition(":")[0] for problem in found.problems] == [
+            "config.json", f"input {gone} of out was not found"
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "1" * 400])
+def test_a_number_that_is_none_is_said_in_one_line(number: str, here: Path) -> None:
+    path = here / "out" / "taskvec.json"
+    for key in ("bytes", "nbytes", "coefficient"):
+        before = path.read_text()
+        path.write_text(re.sub(rf'"{key}": [-0-9.]+', f'"{key}": {number}', before))
+        assert path.read_text() != before
+        try:
+            (first, *_) = tv.verify("out").problems
+        except tv.CheckpointError as error:
+            first = str(error)
+        assert "\n" not in first and len(first) < 900
+        path.write_text(before)
+
+
+@pytest.mark.parametrize("name", ["additional_chat_templates", "custom_generate", "h"])
+def test_a_link_to_a_folder_is_what_a_folder_would_be(name: str, here: Path) -> None:
+    (here / "evil").mkdir()
+    (here / "evil" / "generate.py").touch()
+    (here / "out" / name).symlink_to("../evil")
+    (here / "out" / "loop").symlink_to(".")
+    found = tv.verify("out")
+    said = f"{name}/: not of this output"
+    assert (said in found.skipped) == (name == "h") and "loop/: not of this output" in found.skipped
+    assert any(problem.startswith(said) for problem in found.problems) == (name != "h")
+
+
+def test_a_folder_of_the_output_that_became_a_link_is_found(here: Path) -> None:
+    (here / "base" / "1_Pooling").mkdir()
+    (here / "base" / "1_Pooling" / "config.json").write_text("{}")
+    run("piped")
+    assert tv.verify("piped").ok
+    os.rename(here / "piped" / "1_Pooling", here / "real")
+    (here / "piped" / "1_Pooling").symlink_to("../real")
+    assert [problem.partition(":")[0] for problem in tv.verify("piped").problems] == ["1_Pooling/"]
+
+
+def test_folders_without_end_are_no_traceback(here: Path) -> None:
+    for place in ("out", "base"):
+        deep = here / place
+        for _ in range(1200):  # not makedirs, which recurses
+            deep = deep / "d"
+            os.mkdir(deep)
+    found = tv.verify("out", sample=0)
+    assert any("d/d/d/" in line and "not of this output" in line for line in found.skipped)
+    with pytest.raises(tv.CheckpointError, match="more than 32 folders in each other"):
+        run("another")
+    for place in ("out", "base"):
+        subprocess.run(["rm", "-r", str(here / place)], check=True)
+
+
 def test_a_sample_and_everything_exclude_each_other(here: Path) -> None:
     with pytest.raises(tv.UsageError, match="not both"):
         tv.verify("out", sample=3, full=True)
@@ -445,6 +571,127 @@ def test_another_model_under_the_old_name_is_not_taken_for_the_input(here: Path)
     os.rename(here / "old2", here / "old")
     found = tv.verify("out")
     assert found.ok and "another one by now" in found.skipped[0]
+
+
+def _moved(here: Path) -> None:
+    """Base and the fine-tune have the names, sizes and headers of each other, and lie elsewhere now."""
+    (here / "m" / "x").mkdir(parents=True)
+    os.rename(here / "base", here / "m" / "base")
+    os.rename(here / "old", here / "m" / "x" / "old")
+
+
+@pytest.fixture
+def alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`out` = base − 0.3·(old − base), of two models that look alike from outside."""
+    monkeypatch.chdir(tmp_path)
+    for name, tensors in (("base", BASE), ("old", TUNED)):
+        write_model(tmp_path / name, tensors)
+    tv.subtract("base", "old", alpha=0.3, output="out", fsync=False)
+    _moved(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("against", [("m/base", "m/x/old"), ("m/x/old", "m/base"), ("m/x/old", "m/x", "m/base", "m/base")])
+def test_inputs_that_look_alike_are_told_apart_by_their_names(against: tuple[str, ...], full: bool, alike: Path) -> None:
+    found = tv.verify("out", against=[path for path in against if path != "m/x"], full=full)
+    assert found.problems == found.skipped == []
+    assert (
+        tv.verify("m/base/../../out", against=[alike / path for path in against if path != "m/x"], full=full).problems == []
+    )
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a"), ("old", "base"), ("a/same", "b/same")])
+def test_inputs_that_look_alike_and_have_other_names_are_told_apart_by_what_fits(
+    names: tuple[str, str], order: int, alike: Path
+) -> None:
+    for name, path in zip(names, ("m/base", "m/x/old")):
+        (alike / "n" / name).parent.mkdir(parents=True, exist_ok=True)
+        os.rename(alike / path, alike / "n" / name)
+    found = tv.verify("out", against=[f"n/{name}" for name in names[::order]], full=True)
+    assert found.problems == found.skipped == [] and "5 of 5" in found.checks[-2]
+    change_one_value_and_its_checksum(alike)
+    found = tv.verify("out", against=[f"n/{name}" for name in names[::order]], full=True)
+    assert len(found.problems) == 1 and found.problems[0].startswith("h.3.w: is not ")
+
+
+def change_one_value_and_its_checksum(here: Path) -> None:
+    rewrite(here / "out" / "model.safetensors", **{"h.3.w": torch.full((4, 8), 9.0)})
+    checksum = tv.verify("out", sample=0).problems[0].partition("checksum ")[2].partition(",")[0]
+    _edit_record(here, lambda c: c["shards"][0].update(checksum=checksum), seal=True)
+
+
+@pytest.mark.parametrize(("only", "missing"), [("m/base", "old"), ("m/x/old", "base")])
+def test_one_path_is_not_taken_for_two_inputs(only: str, missing: str, alike: Path) -> None:
+    with pytest.raises(tv.CheckpointError, match=f"input {missing} of out was not found"):
+        tv.verify("out", against=[only], full=True)
+
+
+@pytest.mark.parametrize("output", ["out2", "out2.safetensors"])
+def test_inputs_of_one_name_are_told_apart_or_refused(output: str, alike: Path) -> None:
+    for name, path in (("a", "m/base"), ("b", "m/x/old")):
+        (alike / name).mkdir()
+        os.rename(alike / path, alike / name / "model")
+    tv.subtract("a/model", "b/model", alpha=0.3, output=output, fsync=False)
+    assert output.endswith("s") or tv.verify(output, full=True).problems == []
+    for name in "ab":
+        os.rename(alike / name, alike / f"{name}{name}")
+    for against in (["aa/model", "bb/model"], ["bb/model", "aa/model"]):
+        found = tv.verify(output, against=against, full=True)
+        assert found.problems == found.skipped == []
+    for one in ("aa/model", "bb/model"):
+        with pytest.raises(tv.CheckpointError, match=r"look alike|input model of out2"):
+            tv.verify(output, against=[one], full=True)
+
+
+def test_a_model_subtracted_from_itself_is_verified(alike: Path) -> None:
+    for output in ("zero", "zero.safetensors"):
+        tv.subtract("m/base", "m/base", alpha=0.3, output=output, fsync=False)
+        found = tv.verify(output, against=["m/base"], full=True)
+        assert found.problems == found.skipped == []
+
+
+def test_adapters_that_look_alike_are_told_apart_by_their_configs_and_numbers(here: Path) -> None:
+    handmade.write_base(here / "model")
+    adapter = handmade.lora("m.q", 6, 4)
+    for name, factor in (("one", 1.0), ("two", 2.0)):
+        handmade.write_adapter(here / name, adapter)
+        path = here / name / "adapter_model.safetensors"
+        save_file({key: factor * value for key, value in load_file(path).items()}, path, {"format": "pt"})
+    (here / "two" / "adapter_config.json").write_text((here / "two" / "adapter_config.json").read_text() + " ")
+    first, second = (tv.TaskVector.from_adapter(name) for name in ("one", "two"))
+    (tv.Checkpoint.open("model") + first - 0.5 * second).save("both", fsync=False)
+    (here / "n").mkdir()
+    for name, now in (("one", "b"), ("two", "a")):
+        os.rename(here / name, here / "n" / now)
+    for against in (["n/a", "n/b"], ["n/b", "n/a"]):
+        found = tv.verify("both", against=against, full=True)
+        assert found.problems == found.skipped == []
+
+
+def test_an_input_that_fails_while_it_is_read_is_an_error(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise tv.SourceChangedError("base: changed")
+
+    monkeypatch.setattr("taskvec.run.verify.found_wrong", fails)
+    with pytest.raises(tv.SourceChangedError, match="changed"):
+        tv.verify("out")
+
+
+def test_many_inputs_that_look_alike_and_one_that_is_missing_take_little_time(alike: Path) -> None:
+    vector = tv.TaskVector(())
+    for number in range(14):
+        shutil.copytree("m/x/old", f"ft{number}")
+        vector = vector + 0.1 * tv.TaskVector.between("m/base", f"ft{number}")
+    (tv.Checkpoint.open("m/base") + vector).save("soup", fsync=False)
+    (alike / "n").mkdir()
+    for number in range(14):
+        os.rename(f"ft{number}", f"n/ft{number}")
+    against = ["m/base", *(f"n/ft{number}" for number in range(14))]
+    assert tv.verify("soup", against=against, full=True).problems == []
+    with pytest.raises(tv.CheckpointError, match="input ft7 of soup was not found"):
+        tv.verify("soup", against=[path for path in against if path != "n/ft7"], full=True)
 
 
 # --- what is no output of taskvec -------------------------------------------------------------------------------------

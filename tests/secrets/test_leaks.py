@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from taskvec.cli.main import _run
+from taskvec.errors import show
 
 from ..hub.stand_in import Hub
 
@@ -72,6 +74,11 @@ def plant(base: Path, private: Path) -> None:
     (base / "tokenizer_config.json").write_text(
         json.dumps({"name_or_path": f"C:\\Users\\{MARK}\\gpt", "model_max_length": 9})
     )
+    places = {"tokenizer_file": f"/home/{MARK}/t.json", "special_tokens_map_file": f"~/{MARK}/s.json"}
+    for name in ("config.json", "generation_config.json", "preprocessor_config.json", "config_sentence_transformers.json"):
+        (base / "0_T").mkdir(exist_ok=True)
+        nested = {"_name_or_path": f"file:///home/{MARK}/base", "encoders": [{"text": {"name_or_path": f"/{MARK}/a"}}]}
+        (base / "0_T" / name).write_text(json.dumps({**places, **nested}))
     (base / "README.md").write_text(f"---\nlicense: mit\n---\nMade on {MARK} in /home/{MARK}\n")
     (base / "training_args.bin").write_text(MARK)
     (base / "trainer_state.json").write_text(f'{{"log": "/home/{MARK}/runs"}}')
@@ -185,7 +192,8 @@ def test_links_and_hidden_files_stay_behind_and_of_links_it_is_said(world: World
     assert "more is not a regular file: not copied" in printed
     assert world.run("subtract", "base", "old", "-a", "0.5", "-o", "out")[0] == 0
     assert {path.name for path in (world.here / "out").rglob("*")} == {
-        "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md", "taskvec.json"
+        "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md", "taskvec.json", "0_T",
+        "generation_config.json", "preprocessor_config.json", "config_sentence_transformers.json",
     }  # fmt: skip
 
 
@@ -197,6 +205,12 @@ def test_of_places_in_the_configs_only_the_name_is_kept_and_it_is_said(world: Wo
     assert config == {"model_type": "llama", "_name_or_path": "base", "text_config": {"_name_or_path": "base"}}
     tokenizer = json.loads((world.here / "out" / "tokenizer_config.json").read_text())
     assert tokenizer == {"name_or_path": "gpt", "model_max_length": 9}
+    for path in (world.here / "out" / "0_T").iterdir():
+        assert json.loads(path.read_text()) == {
+            "tokenizer_file": "t.json", "special_tokens_map_file": "s.json", "_name_or_path": "base",
+            "encoders": [{"text": {"name_or_path": "a"}}],
+        }  # fmt: skip
+    assert len(list((world.here / "out" / "0_T").iterdir())) == 4
     (world.here / "base" / "config.json").write_text('{ "_name_or_path":  "org/name" }')
     world.run("subtract", "base", "old", "-a", "0.5", "-o", "again")
     assert (world.here / "again" / "config.json").read_text() == '{ "_name_or_path":  "org/name" }'
@@ -235,6 +249,16 @@ FAILURES: dict[str, list[str]] = {
     "a password in --push": ["subtract", "base", "old", "-a", "1", "--push", f"https://{MARK}:{MARK}@huggingface.co/me/x"],
     "a token in place of a model": ["inspect", WRONG],
     "a token in place of a repository": ["push", "old2", WRONG],
+    "a token as a command": [WRONG],
+    "a token of another kind": ["inspect", f"hf_oauth_{MARK}.{'x' * 40}-_y"],
+    "a token of a job": ["inspect", f"hf_jwt_{'e' * 20}.{MARK}.{'z' * 20}"],
+    "a token of an organisation": ["inspect", f"api_org_{MARK}{'x' * 30}"],
+    "a token in an address": ["inspect", f"https://huggingface.co/org/nowhere?token={MARK}"],
+    "a signature in an address": ["inspect", f"https://example.org/a/b?download=1&X-Amz-Signature={MARK}"],
+    "a signature in a name": ["subtract", "base", f"org/base?x={MARK}&y={MARK}", "-a", "1", "-o", "x"],
+    "a slash in a password": ["inspect", f"https://user:p/{MARK}@huggingface.co/org/base"],
+    "a slash in a password in hf://": ["inspect", f"hf://user:p/{MARK}@huggingface.co/org/base"],
+    "a slash in a password of the output": ["push", "old2", f"https://user:p/{MARK}@huggingface.co/me/x"],
     "a token as a number": ["subtract", "base", "old", "--alpha", WRONG, "-o", "x"],
     "a token as a choice": ["subtract", "base", "old", "--alpha", "1", "-o", "x", "--out-dtype", WRONG],
     "a token as a device": ["subtract", "base", "old", "--alpha", "1", "-o", "x", "--device", WRONG],
@@ -245,6 +269,21 @@ FAILURES: dict[str, list[str]] = {
         "sweep", "base", "old", "--alpha", "1", "--eval", EVALUATE, "--metric", "/x", "-o", "swept"
     ],
 }  # fmt: skip
+
+
+def test_what_is_no_secret_is_shown() -> None:
+    for name in (
+        "hf-internal-testing/tiny-random-LlamaForCausalLM", "hf://org/base@v1", "https://huggingface.co/org/base@v1.0",
+        "https://huggingface.co/org/base/tree/main", "a?b", "what? x = 1", "hf_model", "base & old", "model.layers.0.weight",
+    ):  # fmt: skip
+        assert show(name) == name
+
+
+@pytest.mark.parametrize("start", ["://a:", "://", "?a", "&a=", "hf_", "hf_jwt_", "hf_a.", "://a@", "a" * 99 + "=?"])
+def test_a_name_made_to_be_slow_is_shown_in_little_time(start: str) -> None:
+    started = time.process_time()
+    assert len(show(start * (1 << 20), 2000)) < 2100
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("case", FAILURES)
