@@ -331,11 +331,12 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 def _link(path: Path, *, flip: bool = True) -> None:
-    shutil.copy(path, path.parent.parent / "elsewhere")
+    """To a file outside the folder of the run, which gets another name when a run goes on from it."""
+    elsewhere = path.resolve().parents[2] / "elsewhere"
+    path.rename(elsewhere)
     if flip:
-        _flip(path.parent.parent / "elsewhere", -1)
-    path.unlink()
-    path.symlink_to(path.parent.parent / "elsewhere")
+        _flip(elsewhere, -1)
+    path.symlink_to(elsewhere)
 
 
 def _folder(path: Path) -> None:
