@@ -68,7 +68,7 @@ def _said(repo: str, what: str, error: BaseException) -> HubError | None:
     if isinstance(error, hub.RevisionNotFoundError):
         return HubError(f"{show(repo)}: no such revision", hint="Name a branch, a tag or a commit of it")
     if isinstance(error, (hub.OfflineModeIsEnabled, hub.RevisionResolutionError, hub.LocalEntryNotFoundError)):
-        offline = "HF_HUB_OFFLINE is set" if _is_offline() else "the Hub cannot be reached"
+        offline = "HF_HUB_OFFLINE is set" if is_offline() else "the Hub cannot be reached"
         return HubError(f"{show(repo)}: {offline}, and it is not in the cache", hint="Name a local path, or go online")
     if isinstance(error, hub.EntryNotFoundError):
         return HubError(f"{show(repo)}: no such file: {_first_line(error)}")
@@ -94,7 +94,7 @@ def _refused(repo: str, what: str, error: Exception) -> HubError:
     return HubError(f"{show(repo)}: {reason.format(what=what)}: {_last_line(error)}", hint=hint)
 
 
-def _is_offline() -> bool:
+def is_offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)

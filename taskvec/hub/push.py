@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..checkpoint.hub import hub_api, talking_about
+from ..checkpoint.hub import hub_api, is_offline, talking_about
 from ..checkpoint.locate import read_json
 from ..checkpoint.repository import forget, parse
 from ..errors import HubError, OutputError, UsageError, VerificationError, counted, listing, show
@@ -132,8 +132,10 @@ class _Goal(NamedTuple):
 
 
 def _target(repo: str, revision: str | None) -> tuple[str, str | None]:
-    """The id and the branch. Raises UsageError for two branches, HubError for what is no name."""
+    """The id and the branch. Raises UsageError for two branches, HubError for what is no name, or offline."""
     named = parse(repo, revision)
+    if is_offline():
+        raise HubError(f"{show(named.id)}: cannot push to it: HF_HUB_OFFLINE is set", hint="Unset it, and go online")
     if named.path:
         raise UsageError(
             f"{show(repo)}: expected the name of a model, org/name", hint="A branch with a slash is named as org/name@branch"

@@ -435,6 +435,19 @@ def test_a_branch_with_a_slash_is_named_after_the_at(hub: Hub, out: Path) -> Non
     assert_pushed(hub, "me/edited", out, "feature/x")
 
 
+def test_offline_a_push_is_refused_before_anything_is_made(hub: Hub, out: Path) -> None:
+    before = len(hub.requests)
+    pushed = hub.client.run("taskvec", "push", str(out), "me/edited", HF_HUB_OFFLINE="1")
+    edited = hub.client.run(
+        "taskvec", "subtract", out.parent / "base", out.parent / "old", "--alpha", "1", "--push", "me/edited",
+        HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    for done in (pushed, edited):
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert "me/edited: cannot push to it: HF_HUB_OFFLINE is set" in done.stderr
+    assert not (hub.client.here / "edited").exists() and len(hub.requests) == before
+
+
 @pytest.mark.parametrize("arguments", [("--push", "me/m.safetensors"), ("-o", "hf://me/x"), ("-o", "s3://me/x")])
 def test_outputs_that_are_no_folder_here_are_usage_errors(arguments: tuple[str, ...], hub: Hub, out: Path) -> None:
     done = hub.client.run("taskvec", "subtract", out.parent / "base", out.parent / "old", "--alpha", "1", *arguments)
