@@ -56,9 +56,9 @@ class Report:
     @property
     def warnings(self) -> list[str]:
         """What a person must know; nothing was lost by any of it."""
-        from .card import licence_note
+        from .card import inputs_of, licence_note
 
-        found = [note for note in [licence_note(self.plan)] if note]
+        found = [note for note in [licence_note(inputs_of(self.plan))] if note]
         if self.changes["elements_overflowed"]:
             names = [name for name, did in self.tensors.items() if did.get("overflow")]
             found.append(f"{self.changes['elements_overflowed']} elements overflowed, in {listing(names)}")

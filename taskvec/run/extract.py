@@ -236,7 +236,12 @@ def _differing(base: Checkpoint, vector: TaskVector, options: Options) -> list[s
 
 
 def _warnings(plan: Plan, result: RunResult, differing: list[str]) -> Iterator[str]:
-    """What the numbers of the file are not, or hold besides numbers."""
+    """What the numbers of the file are not, or hold besides numbers; and what its card does not say."""
+    from .card import inputs_of, licence_note
+
+    licences = None if plan.single_file else licence_note(inputs_of(plan))
+    if licences:
+        yield licences
     dtype, counts = plan.options.out_dtype, result.counts
     overflowed = [name for name, did in counts.items() if did.overflow]
     if overflowed:
@@ -258,6 +263,7 @@ def _warnings(plan: Plan, result: RunResult, differing: list[str]) -> Iterator[s
 
 def _write(plan: Plan, target: Target, settings: Settings, device: str, overwrite: bool) -> RunResult:
     from . import record, stream
+    from .card import vector_card
     from .journal import identify
     from .staging import Staging
 
@@ -268,6 +274,7 @@ def _write(plan: Plan, target: Target, settings: Settings, device: str, overwrit
         if not target.single_file:
             if len(plan.shards) > 1:
                 staging.write("vector.safetensors.index.json", record.index_json(plan))
+            staging.write("README.md", vector_card(plan, result))
             about = json.loads(plan_metadata(plan))
             staging.write(RECORD, record.finished({**about, **record.outcome(plan, result)}, staging.path))
         staging.commit()

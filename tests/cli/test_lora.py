@@ -54,7 +54,7 @@ def settings(adapter: Path) -> dict[str, object]:
 def test_extract_makes_an_adapter_that_add_gives_tuned_back_with(taskvec: Command, here: Path) -> None:
     assert taskvec("lora", "extract", "base", "old", "--energy", "1", "-o", "found").code == 0
     assert sorted(path.name for path in (here / "found").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "taskvec.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "taskvec.json",
     ]  # fmt: skip
     assert taskvec("add", "base", "found", "--alpha", "1", "-o", "added").code == 0
     tuned, added = load_file(here / "old" / "model.safetensors"), {}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
@@ -411,6 +413,75 @@ def test_whatever_the_card_of_the_base_says_the_outputs_is_valid(case: str, hub:
     if case in ("a bomb", "a list of licences", "code"):
         assert "license" not in card.split("\n---")[0]
     tv.push(tmp_path / "out", "me/edited")  # the Hub checks it too
+
+
+MADE: dict[str, tuple[str, ...]] = {
+    "a vector": ("extract", "org/base", "org/old"),
+    "an adapter's vector": ("extract", "org/base", "me/lora"),
+    "part of a vector, halved, in shards": (
+        "extract", "org/base", "org/old", "--alpha", "-0.5", "--include", "model.*", "--exclude", "*.1.*",
+        "--dtype", "bfloat16", "--max-shard-size", "4900",
+    ),
+    "an adapter": ("lora", "extract", "org/base", "org/old", "--rank", "2"),
+    "an adapter of ranks": (
+        "lora", "extract", "org/base", "org/old", "--energy", "0.7", "--rank", "5", "--dtype", "float16", "--prefix", "outer",
+        "--include", "*.weight", "--exclude", "norm*", "--no-modules-to-save",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MADE)
+def test_the_card_of_a_vector_or_an_adapter_says_of_what_it_is_and_how_it_was_made(case: str, models: Hub) -> None:
+    here = models.client.here
+    done = models.client.run("taskvec", *MADE[case], "-o", "first")
+    assert done.returncode == 0, done.stderr
+    card = (here / "first/README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == ["org/base"] and head["base_model_relation"] == "adapter" and head["license"] == "mit"
+    assert head.get("library_name") == ("peft" if MADE[case][0] == "lora" else None)
+    models.add_model("org/old", {"model.safetensors": save(tensors(3))})  # somebody pushes meanwhile: the card names commits
+    lines = card.partition("## Make it again")[2].strip().splitlines()
+    again = shlex.split(lines[0])
+    assert again[-2:] == ["-o", "vector" if MADE[case][0] == "extract" else "adapter"]
+    done = models.client.run(again[0], *again[1:])
+    assert done.returncode == 0, done.stderr
+    assert weights(here / again[-1]) == weights(here / "first") and (here / again[-1] / "README.md").read_text() == card
+    tv.push(here / "first", "me/made")
+    assert models.files("me/made", "main")["README.md"].decode() == card
+
+
+def test_the_card_of_an_adapter_says_its_ranks_and_errors(models: Hub, tmp_path: Path) -> None:
+    tuned = tensors(1)
+    tuned["model.embed.weight"][:, :2] += 1
+    tuned["model.h.0.q.weight"][0] += torch.arange(8)  # of rank 1
+    tuned["model.h.1.q.weight"] += torch.eye(8)
+    models.add_model("org/old", {"model.safetensors": save(tuned)})
+    made = tv.extract_lora("org/base", "org/old", output=tmp_path / "lora", energy=0.7, fsync=False)
+    rows = [line for line in (tmp_path / "lora/README.md").read_text().splitlines() if line.startswith("| ")]
+    found = [tensor for tensor in made.tensors if tensor.layer.name.endswith("q.weight")]
+    ranks = sorted(tensor.rank for tensor in found)
+    assert len(found) == 2 and ranks[0] < ranks[1]
+    assert f"| h.q | 2 | {ranks[0]}–{ranks[1]} | {max(tensor.error for tensor in found):.3g} |" in rows
+    (embedding,) = (tensor for tensor in made.tensors if tensor.layer.name == "model.embed.weight")
+    assert f"| model.embed | 1 | {embedding.rank} | {embedding.error:.3g} |" in rows
+
+
+def test_a_vector_of_several_says_that_no_one_command_makes_it(models: Hub, tmp_path: Path) -> None:
+    both = tv.TaskVector.between("org/base", "org/old") + tv.TaskVector.from_adapter("me/lora", base="org/base")
+    both.save(tmp_path / "both", fsync=False)
+    assert "`taskvec.json` says which inputs the terms" in (tmp_path / "both/README.md").read_text()
+
+
+def test_licences_that_differ_are_warned_of_for_vectors_and_adapters_too(hub: Hub, tmp_path: Path) -> None:
+    hub.add_model("org/base", {**sharded(1), "README.md": b"---\nlicense: mit\n---\n"})
+    hub.add_model("org/old", {"model.safetensors": save(tensors(2)), "README.md": b"---\nlicense: gpl-3.0\n---\n"})
+    made = tv.extract("org/base", "org/old", output=tmp_path / "vector", fsync=False)
+    assert any("several licences" in warning and "gpl-3.0" in warning for warning in made.warnings)
+    plan = tv.extract_lora("org/base", "org/old", output=tmp_path / "lora", rank=1, fsync=False).plan
+    assert any("several licences" in note and "gpl-3.0" in note for note in plan.notes)
+    for folder in ("vector", "lora"):
+        assert "license: mit" in (tmp_path / folder / "README.md").read_text()
+    assert not tv.extract("org/base", "org/old", output=tmp_path / "one.safetensors", fsync=False).warnings  # has no card
 
 
 def test_licences_that_differ_are_warned_of(hub: Hub, tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ def extract_lora(
         base, tuned, output=output, rank=rank, energy=energy, dtype=dtype, modules_to_save=modules_to_save, include=include,
         exclude=exclude, prefix=prefix, overwrite=overwrite,
     )  # fmt: skip
+    from ..card import adapter_card
     from ..device import open_device
     from ..record import as_json, finished
     from ..staging import Staging
@@ -161,6 +162,7 @@ def extract_lora(
             found = tuple(_factored(plan, _places(where), workers, writer, extracted))
             writer.finish(_ranks(found))
         staging.write(ADAPTER_CONFIG, as_json(config(plan.base, plan.layout, _ranks(found), plan.settings.prefix)))
+        staging.write("README.md", adapter_card(plan, found))
         staging.write(RECORD, finished(_record(plan, target, found, writer, where), staging.path))
         staging.commit()
     return ExtractedLora(

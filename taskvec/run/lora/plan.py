@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...checkpoint.checkpoint import Checkpoint, same_bytes
-from ...checkpoint.files import InputFiles
+from ...checkpoint.files import InputFiles, fetch
 from ...checkpoint.header import DTYPE_BITS, StoredTensor, encode_header
 from ...checkpoint.locate import locate_adapter
 from ...delta.adapters.tied import Ties
@@ -202,6 +202,9 @@ def _open_tuned(tuned: Checkpoint | PathLike) -> Checkpoint:
 
 
 def _plan(base: Checkpoint, tuned: Checkpoint, settings: Settings) -> LoraPlan:
+    from ..card import licence_note
+
+    fetch(checkpoint.readme for checkpoint in (base, tuned) if checkpoint.readme is not None)  # for the card
     options = Options("float32", None, settings.include, settings.exclude)
     vector = TaskVector.between(base, tuned)
     matched = match(base, vector, options)
@@ -213,6 +216,8 @@ def _plan(base: Checkpoint, tuned: Checkpoint, settings: Settings) -> LoraPlan:
     layout, notes = _settle_ties(base, layout, stored)
     _refuse(base, tuned, layout, settings)
     names = {layer.name for layer in layout.layers}
+    licences = licence_note((base, tuned))
+    notes += [licences] if licences else []
     return LoraPlan(
         base=base,
         tuned=tuned,
