@@ -135,7 +135,8 @@ def _target(repo: str, revision: str | None) -> tuple[str, str | None]:
     """The id and the branch. Raises UsageError for two branches, HubError for what is no name, or offline."""
     named = parse(repo, revision)
     if is_offline():
-        raise HubError(f"{show(named.id)}: cannot push to it: HF_HUB_OFFLINE is set", hint="Unset it, and go online")
+        offline = "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set"
+        raise HubError(f"{show(named.id)}: cannot push to it: {offline}", hint="Unset it, and go online")
     if named.path:
         raise UsageError(
             f"{show(repo)}: expected the name of a model, org/name", hint="A branch with a slash is named as org/name@branch"

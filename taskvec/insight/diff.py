@@ -17,6 +17,7 @@ from ..checkpoint.header import StoredTensor
 from ..checkpoint.locate import read_json
 from ..delta.source import FLOATS
 from ..errors import CheckpointError, NameMismatchError, QuantizedError, UsageError, listing, show
+from ..run.name_filter import patterns
 from ..run.output import RECORD
 
 
@@ -203,8 +204,8 @@ def diff(
     a: Checkpoint | str | os.PathLike[str],
     b: Checkpoint | str | os.PathLike[str],
     *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     jobs: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Diff:
@@ -254,11 +255,11 @@ class _Matched:
 class _Filter:
     """Which tensors are compared. Raises UsageError for a pattern that matches no tensor: it is a typing error."""
 
-    def __init__(self, include: Sequence[str], exclude: Sequence[str], a: Checkpoint, b: Checkpoint) -> None:
-        self._include, self._exclude = tuple(include), tuple(exclude)
+    def __init__(self, include: str | Sequence[str], exclude: str | Sequence[str], a: Checkpoint, b: Checkpoint) -> None:
+        self._include, self._exclude = patterns(include), patterns(exclude)
         names = {**a.tensors, **b.tensors}
-        for option, patterns in (("--include", self._include), ("--exclude", self._exclude)):
-            for pattern in patterns:
+        for option, chosen in (("--include", self._include), ("--exclude", self._exclude)):
+            for pattern in chosen:
                 if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                     raise UsageError(
                         f"{option} '{show(pattern)}' matches no tensor of {show(a.path)} or {show(b.path)}",

@@ -7,18 +7,19 @@ from __future__ import annotations
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import exists, read_bytes
+from ..checkpoint.files import exists
 from ..delta.dense import FineTune
 from ..delta.source import AdapterSource, DeltaSource
 from ..delta.stored import StoredVector
 from ..delta.vector import formula
-from ..delta.weighting import Masked, Scaled, Selected, leaf
-from ..errors import CheckpointError, counted, show
+from ..delta.weighting import Masked, Scaled, Selected
+from ..errors import counted, show
+from .front_matter import FrontMatter, front_matter_of
 from .kernel import Counts
 from .plan import Options, Plan
 from .record import changes
@@ -29,91 +30,62 @@ if TYPE_CHECKING:
     from .lora.plan import LoraPlan, Settings
 
 _TAGS = ("taskvec", "task-arithmetic")
-_LICENCE = ("license_name", "license_link")  # text
-_LARGEST_CARD = 4 << 20  # bytes
-_LONGEST_LICENCE = 100  # characters: a name
-_IN_PYTHON = "In Python, `taskvec.json` says which inputs the terms of the formula are."
+_IN_PYTHON = "In Python, `taskvec.json` says which inputs the terms of the formula are, and which options it took."
+_LONGEST_COMMAND = 4000  # characters
 _MOST_ROWS = 30  # of the table of module kinds
 
 
 def card(plan: Plan, result: RunResult) -> bytes:
     """The whole file, of an edited model."""
-    inputs = inputs_of(plan)
-    own = _card_of(plan.base)
+    own = front_matter_of(plan.base)
     content = {
-        **_models("merge", inputs),
-        **_legal(plan.base),
-        **{key: own[key] for key in ("library_name", "pipeline_tag") if isinstance(own.get(key), str)},
-        "language": _language(own),
+        **_models("merge", inputs_of(plan)),
+        **_legal(own, [file.name for file in plan.side]),
+        "pipeline_tag": own.pipeline_tag,
+        "library_name": own.library_name or _library(plan.base),
+        "language": list(own.language),
+        "tags": list(dict.fromkeys([*_TAGS, "merge", *own.tags])),
     }
-    content.setdefault("library_name", _library(plan.base))
-    tags = own.get("tags")
-    kept = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
-    content["tags"] = list(dict.fromkeys([*_TAGS, "merge", *kept]))
     return _whole(content, _body(plan, result))
 
 
 def vector_card(plan: Plan, result: RunResult) -> bytes:
     """That of a folder of a saved vector, which no library loads as a model: none is named."""
-    content = {
-        **_models("adapter", [plan.base]),
-        **_legal(plan.base),
-        "language": _language(_card_of(plan.base)),
-        "tags": list(_TAGS),
-    }
+    own = front_matter_of(plan.base)
+    content = {**_models("adapter", [plan.base]), **_legal(own), "language": list(own.language), "tags": list(_TAGS)}
     return _whole(content, _vector_body(plan, result))
 
 
 def adapter_card(plan: LoraPlan, found: Sequence[Extracted]) -> bytes:
     """That of an extracted adapter."""
-    own = _card_of(plan.base)
+    own = front_matter_of(plan.base)
     content = {
         **_models("adapter", [plan.base]),
-        **_legal(plan.base),
+        **_legal(own),
+        "pipeline_tag": own.pipeline_tag,
         "library_name": "peft",
-        **{key: own[key] for key in ("pipeline_tag",) if isinstance(own.get(key), str)},
-        "language": _language(own),
+        "language": list(own.language),
         "tags": [*_TAGS, "lora"],
     }
     return _whole(content, _adapter_body(plan, found))
 
 
-def front_matter(text: str) -> dict[str, Any]:
-    """The YAML between the first two `---` lines of a card; empty when there is none, or it is not a plain mapping."""
-    import yaml
-
-    class Plain(yaml.SafeLoader):  # type: ignore[misc]
-        """Without aliases, a few of which can stand for gigabytes."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("an alias")
-            return super().compose_node(parent, index)
-
-    begun = text.lstrip("\ufeff").lstrip()
-    found = re.match(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", begun, re.DOTALL | re.MULTILINE)
-    try:
-        content = yaml.load(found[1], Plain) if found else None  # a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def licence_note(inputs: Sequence[Checkpoint]) -> str | None:
-    """What to say when the inputs, of which the first is the base, do not have one licence."""
-    licences = {checkpoint.label: _licence(checkpoint) for checkpoint in inputs}
-    named = {licence for licence in licences.values() if licence}
-    if len(named) < 2:
+def licence_note(inputs: Sequence[Checkpoint], *, with_card: bool) -> str | None:
+    """What to say when an input has another licence than the first, which is the base."""
+    licences = [(checkpoint.label, front_matter_of(checkpoint).license) for checkpoint in inputs]
+    ((base, own), *others) = licences
+    if not any(licence and licence.casefold() != own.casefold() for _, licence in others):
         return None
-    said = ", ".join(f"{show(label)}: {show(licence or 'none named')}" for label, licence in licences.items())
-    return f"the inputs have several licences ({said}); the card names that of {show(inputs[0].label)}"
+    said = ", ".join(f"{show(label)}: {show(licence or 'none named')}" for label, licence in licences)
+    named = f"the card names {f'that of {show(base)}' if own else 'none'}" if with_card else "they are not in the file"
+    return f"the inputs have several licences ({said}); {named}"
 
 
 def inputs_of(plan: Plan) -> list[Checkpoint]:
-    """Base first, then what the vector is made of, each once."""
-    found = [plan.base]
-    for _, source in plan.vector.terms:
-        found += [c for c in leaf(source).inputs if c not in found]
+    """Base first, then what the vector is made of, masks too, each once."""
+    found: list[Checkpoint] = []
+    for checkpoint in plan.inputs:
+        found += [checkpoint] if checkpoint not in found else []
     return found
 
 
@@ -121,8 +93,8 @@ def _whole(content: dict[str, Any], body: Iterable[str]) -> bytes:
     import yaml
 
     held = {key: value for key, value in content.items() if value}
-    matter = str(yaml.safe_dump(held, sort_keys=False, allow_unicode=True)).splitlines()
-    return ("\n".join(["---", *matter, "---", "", *body]) + "\n").encode("utf-8", "backslashreplace")
+    matter = yaml.safe_dump(held, sort_keys=False, allow_unicode=True)
+    return ("\n".join([f"---\n{matter}---", "", *body]) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _models(relation: str, checkpoints: Iterable[Checkpoint]) -> dict[str, Any]:
@@ -131,22 +103,17 @@ def _models(relation: str, checkpoints: Iterable[Checkpoint]) -> dict[str, Any]:
     return {"base_model": names, "base_model_relation": relation} if names else {}
 
 
-def _legal(base: Checkpoint) -> dict[str, Any]:
-    own = _card_of(base)
-    return {"license": _licence(base), **{key: own[key] for key in _LICENCE if isinstance(own.get(key), str)}}
-
-
-def _language(own: dict[str, Any]) -> list[str]:
-    languages = own.get("language")
-    listed = languages if isinstance(languages, list) else [languages]
-    found = ["no" if language is False else language for language in listed]  # YAML reads Norwegian as false
-    return [language for language in found if isinstance(language, str)]
+def _legal(own: FrontMatter, files: Collection[str] = ()) -> dict[str, str]:
+    """The licence. `files`: those of the output; a link to any other file, or into a machine, leads nowhere."""
+    link = own.license_link
+    leads = re.match(r"https?://[^@]*\Z", link) or link in files
+    return {"license": own.license, "license_name": own.license_name, "license_link": link if leads else ""}
 
 
 def _body(plan: Plan, result: RunResult) -> Iterable[str]:
     did = changes(plan, result)
-    yield from (f"# {show(plan.base.label)}, edited", "", f"Made by taskvec {__version__}, without training:", "")
-    yield from (f"    {show(plan.formula, 2000)}", "", "## What changed", "")
+    yield from (f"# {_shown(plan.base.label)}, edited", "", f"Made by taskvec {__version__}, without training:", "")
+    yield from (f"    {show(plan.formula, 2000)}", "", "## What changed", "", *_selection(plan.options))
     yield f"- tensors edited: {did['tensors_edited']}, copied unchanged: {did['tensors_copied']}"
     yield f"- elements changed: {did['elements_changed']} of {did['elements']}"
     yield f"- changes lost to rounding: {did['elements_lost_to_rounding']}, overflows: {did['elements_overflowed']}"
@@ -163,7 +130,7 @@ def _vector_body(plan: Plan, result: RunResult) -> Iterable[str]:
     yield from (f"    {show(formula(plan.vector).removeprefix('+ '), 2000)}", "")
     yield "Differences of weights, not a model: they are added to one, or subtracted, times a number, as in"
     use = ["taskvec", "subtract", _typed(plan.base), "vector", "--alpha", "0.3", "-o", "edited"]
-    yield from ("", _line(use), "", "## What it holds", "")
+    yield from ("", *_line(use), "", "## What it holds", "", *_selection(plan.options))
     yield f"- tensors: {did['tensors_edited']}; those in which nothing changed are left out"
     yield f"- elements that are not zero: {did['elements_changed']} of {did['elements']}, in {plan.options.out_dtype}"
     yield ""
@@ -173,22 +140,25 @@ def _vector_body(plan: Plan, result: RunResult) -> Iterable[str]:
 
 
 def _adapter_body(plan: LoraPlan, found: Sequence[Extracted]) -> Iterable[str]:
-    base, tuned = show(plan.base.label), show(plan.tuned.label)
-    yield from (f"# {tuned} − {base}, as a LoRA", "", f"Made by taskvec {__version__}, without training. The difference Δ of")
-    yield f"every weight that changed is in it as a product B·A of low rank: added to {base} it gives {tuned} back, but for"
-    yield from ("these errors, ‖Δ − BA‖ / ‖Δ‖:", "")
-    yield from ("| kind of module | weights | ranks | largest error |", "|---|---|---|---|")
+    yield from (f"# {_shown(plan.tuned.label)} − {_shown(plan.base.label)}, as a LoRA", "")
+    yield f"Made by taskvec {__version__}, without training: the difference Δ of every weight that changed, as a product B·A"
+    yield from ("of low rank. Added to the base it gives the tuned model back, within the errors below:", "")
+    yield from (*_line(["taskvec", "lora", "merge", _typed(plan.base), "adapter", "-o", "merged"]), "")
+    yield from ("## What it holds", "", *_selection(plan.settings))
+    if plan.layout.values:
+        yield f"- new values of {counted(len(plan.layout.values), 'tensor')} (norms, biases), as they are"
+    yield from (f"- factors of {counted(len(found), 'weight')}, in {plan.settings.dtype}", "")
+    yield from ("| kind of module | weights | ranks | largest ‖Δ − BA‖ / ‖Δ‖ |", "|---|---|---|---|")
     kinds: dict[str, list[Extracted]] = defaultdict(list)
     for tensor in found:
         kinds[_kind(tensor.layer.module)].append(tensor)
     for kind, held in list(kinds.items())[:_MOST_ROWS]:
         ranks = dict.fromkeys((min(tensor.rank for tensor in held), max(tensor.rank for tensor in held)))
-        yield f"| {show(kind)} | {len(held)} | {'–'.join(map(str, ranks))} | {max(tensor.error for tensor in held):.3g} |"
+        yield f"| {_shown(kind)} | {len(held)} | {'–'.join(map(str, ranks))} | {max(tensor.error for tensor in held):.3g} |"
     if len(kinds) > _MOST_ROWS:
         yield f"| {len(kinds) - _MOST_ROWS} more | | | |"
     yield ""
-    if plan.layout.values:
-        yield from (f"New values of {counted(len(plan.layout.values), 'tensor')} (norms, biases) are in it as they are.", "")
+    yield from (f"Note: {_shown(note, 2000)}\n" for note in plan.notes)
     yield from _made_from([plan.base, plan.tuned])
     yield from _again(_lora_command(plan))
 
@@ -198,14 +168,26 @@ def _made_from(inputs: Iterable[Checkpoint]) -> Iterable[str]:
     for checkpoint in inputs:
         for shard in checkpoint.shards:
             commit = checkpoint.hub.commit if checkpoint.hub else ""
-            file = f"{show(shard.path.name)} | {shard.identity.size} | `{shard.header_sha256[:16]}…`"
-            yield f"| {show(checkpoint.label)} | {commit} | {file} |"
+            file = f"{_shown(shard.path.name)} | {shard.identity.size} | `{shard.header_sha256[:16]}…`"
+            yield f"| {_shown(_named(checkpoint))} | {commit} | {file} |"
+
+
+def _selection(options: Options | Settings) -> Iterable[str]:
+    """Which tensors were looked at, if not all."""
+    for what, patterns in (("only", options.include), ("without", options.exclude)):
+        if patterns:
+            yield f"- {what} tensors that match {', '.join(_shown(pattern) for pattern in patterns)}"
+
+
+def _shown(name: str, longest: int = 200) -> str:
+    """A name from a file, where Markdown is read."""
+    return re.sub(r"[|<>`*\[]", r"\\\g<0>", show(name, longest))
 
 
 def _again(command: Iterable[str]) -> Iterable[str]:
     yield from ("", "## Make it again", "", *command, "")
-    yield "`taskvec.json` holds the recipe, every input by size and header digest, and a checksum of every weight file:"
-    yield "`taskvec verify` checks them."
+    yield "`taskvec.json` holds the recipe, every input by size and header digest, and a checksum of every weight file, which"
+    yield "`taskvec verify` checks."
 
 
 def _code(plan: Plan) -> Iterable[str]:
@@ -232,7 +214,7 @@ def _kinds(plan: Plan, result: RunResult) -> Iterable[str]:
         counts.add(result.counts.get(job.name, Counts()))
     yield from ("| kind of tensor | tensors | elements | changed | lost to rounding |", "|---|---|---|---|---|")
     for kind, (sizes, counts) in list(kinds.items())[:_MOST_ROWS]:
-        yield f"| {show(kind)} | {len(sizes)} | {sum(sizes)} | {counts.changed} | {counts.lost} |"
+        yield f"| {_shown(kind)} | {len(sizes)} | {sum(sizes)} | {counts.changed} | {counts.lost} |"
     if len(kinds) > _MOST_ROWS:
         yield f"| {len(kinds) - _MOST_ROWS} more | | | | |"
     yield ""
@@ -245,7 +227,7 @@ def _kind(name: str) -> str:
 
 def _command(plan: Plan) -> list[str]:
     """The command line that makes the output again, or the Python where no command line does."""
-    if _beyond_a_command(plan):
+    if len(plan.vector.terms) != 1 or _beyond_a_command(plan):
         return [_IN_PYTHON]
     ((coefficient, source),) = plan.vector.terms
     verb = "subtract" if coefficient < 0 else "add"
@@ -259,24 +241,23 @@ def _command(plan: Plan) -> list[str]:
     words += ["--max-shard-size", str(options.max_shard_size)] if options.max_shard_size is not None else []
     words += _chosen(options)
     words += [] if options.code else ["--no-code"]
-    return [_line([*words, "-o", "edited"])]
+    return _line([*words, "-o", "edited"])
 
 
 def _extract_command(plan: Plan) -> list[str]:
     """As `_command`, of a saved vector."""
-    if _beyond_a_command(plan):
+    sources = [source for _, source in plan.vector.terms]
+    origins = [source.origin for source in sources if isinstance(source, (FineTune, AdapterSource))]
+    if _beyond_a_command(plan) or any(origin not in (None, plan.base) for origin in origins):
         return [_IN_PYTHON]
-    ((coefficient, source),) = plan.vector.terms
-    origin = source.origin if isinstance(source, (FineTune, AdapterSource)) else None
-    if origin is not None and origin != plan.base:
-        return [_IN_PYTHON]
-    words = ["taskvec", "extract", _typed(plan.base), _typed(_tuned(source))]
-    words += ["--alpha", f"{coefficient!r}"] if coefficient != 1 else []
-    words += ["--force-base"] if isinstance(source, StoredVector) and source.force_base else []
+    words = ["taskvec", "extract", _typed(plan.base), *(_typed(_tuned(source)) for source in sources)]
+    coefficients = [coefficient for coefficient, _ in plan.vector.terms]
+    words += [word for c in coefficients for word in ("--alpha", f"{c!r}")] if coefficients != [1] else []
+    words += ["--force-base"] if any(isinstance(source, StoredVector) and source.force_base for source in sources) else []
     options = plan.options
     words += ["--dtype", options.out_dtype] if options.out_dtype != "float32" else []
     words += ["--max-shard-size", str(options.max_shard_size)]
-    return [_line([*words, *_chosen(options), "-o", "vector"])]
+    return _line([*words, *_chosen(options), "-o", "vector"])
 
 
 def _lora_command(plan: LoraPlan) -> list[str]:
@@ -287,11 +268,11 @@ def _lora_command(plan: LoraPlan) -> list[str]:
     words += ["--dtype", settings.dtype] if settings.dtype != "float32" else []
     words += [] if settings.modules_to_save else ["--no-modules-to-save"]
     words += ["--prefix", settings.prefix.removesuffix(".")] if settings.prefix else []
-    return [_line([*words, *_chosen(settings), "-o", "adapter"])]
+    return _line([*words, *_chosen(settings), "-o", "adapter"])
 
 
 def _beyond_a_command(plan: Plan) -> bool:
-    return len(plan.vector.terms) != 1 or isinstance(plan.vector.terms[0][1], (Scaled, Selected, Masked))
+    return any(isinstance(source, (Scaled, Selected, Masked)) for _, source in plan.vector.terms)
 
 
 def _chosen(options: Options | Settings) -> Iterable[str]:
@@ -299,8 +280,11 @@ def _chosen(options: Options | Settings) -> Iterable[str]:
     yield from (word for pattern in options.exclude for word in ("--exclude", pattern))
 
 
-def _line(words: Sequence[str]) -> str:
-    return f"    {show(shlex.join(words), 4000)}"
+def _line(words: Sequence[str]) -> list[str]:
+    line = shlex.join(words)
+    if len(line) > _LONGEST_COMMAND:
+        return ["By a command that is too long for a card: `taskvec.json` has what it said."]
+    return [f"    {show(line, _LONGEST_COMMAND)}"]
 
 
 def _tuned(source: DeltaSource) -> Checkpoint:
@@ -313,24 +297,14 @@ def _typed(checkpoint: Checkpoint) -> str:
     """A name that a person can type: of the Hub, at its commit, or the last part of a path."""
     place = checkpoint.hub
     if place is None:
-        return checkpoint.label
+        return f"./{checkpoint.label}" if checkpoint.label.startswith("-") else checkpoint.label
     return f"hf://{place.id}@{place.commit}/{place.path}" if place.path else f"{place.id}@{place.commit}"
 
 
-def _licence(checkpoint: Checkpoint) -> str | None:
-    licence = _card_of(checkpoint).get("license")
-    return licence if isinstance(licence, str) and len(licence) < _LONGEST_LICENCE else None
-
-
-def _card_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The front matter of the README.md beside a checkpoint's files."""
-    path = checkpoint.readme
-    if path is None:
-        return {}
-    try:
-        return front_matter(read_bytes(path, _LARGEST_CARD).decode("utf-8", "replace"))
-    except CheckpointError:  # it is too large
-        return {}
+def _named(checkpoint: Checkpoint) -> str:
+    """As in a table that has its commit."""
+    place = checkpoint.hub
+    return checkpoint.label if place is None else f"{place.id}/{place.path}" if place.path else place.id
 
 
 def _library(base: Checkpoint) -> str | None:

@@ -17,6 +17,7 @@ from ..delta.vector import TaskVector, finite, when_added
 from ..errors import UsageError, counted, listing, show
 from .inputs import check_factors, download
 from .jobs import Job
+from .name_filter import patterns
 from .output import RECORD, Target, check_space, check_target
 from .plan import Options, Plan, human_bytes, make_plan, parse_bytes
 
@@ -58,7 +59,7 @@ class Report:
         """What a person must know; nothing was lost by any of it."""
         from .card import inputs_of, licence_note
 
-        found = [note for note in [licence_note(inputs_of(self.plan))] if note]
+        found = [note for note in [licence_note(inputs_of(self.plan), with_card=not self.plan.single_file)] if note]
         if self.changes["elements_overflowed"]:
             names = [name for name, did in self.tensors.items() if did.get("overflow")]
             found.append(f"{self.changes['elements_overflowed']} elements overflowed, in {listing(names)}")
@@ -126,7 +127,7 @@ class EditedCheckpoint:
         Raises UsageError for options that make no sense, MismatchError when base and vector do not fit, and with
         `output` also OutputError when it cannot be made there.
         """
-        options = Options(out_dtype, max_shard_size, names(include), names(exclude), code)
+        options = Options(out_dtype, max_shard_size, patterns(include), patterns(exclude), code)
         target = None if output is None else Target.of(output)
         if target is not None:
             check_target(target, self._inputs(), overwrite)
@@ -242,11 +243,6 @@ class EditedCheckpoint:
         from ..delta.vector import formula
 
         return f"EditedCheckpoint({self.base.label} {formula(self.vector)})"
-
-
-def names(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """One pattern or several."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def _write(plan: Plan, target: Target, settings: Settings, device: str, overwrite: bool) -> RunResult:

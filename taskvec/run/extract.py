@@ -25,6 +25,7 @@ from ..errors import UsageError, counted, listing, show
 from .edited import PathLike, edited_checkpoint, workers_for
 from .inputs import check_factors, download
 from .jobs import CHECKSUM_PLACE, Job, ShardPlan, tiles
+from .name_filter import patterns
 from .output import RECORD, Target, check_space, check_target
 from .plan import OUT_DTYPES, Matched, Options, Plan, identities, match, shard_names, split_by_size
 
@@ -81,8 +82,8 @@ def save_vector(
     base: Checkpoint | PathLike | None = None,
     dtype: str = "float32",
     max_shard_size: int | str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     overwrite: bool = False,
     device: str = "cpu",
     jobs: int | None = None,
@@ -110,7 +111,7 @@ def save_vector(
     target = Target.of(output)
     model = base_of(vector) if base is None else base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     size = _SHARD if max_shard_size is None and not target.single_file else max_shard_size
-    options = Options(dtype, size, tuple(include), tuple(exclude))
+    options = Options(dtype, size, patterns(include), patterns(exclude))
     check_target(target, [model, *(c for _, source in vector.terms for c in source.inputs)], overwrite)
     plan = vector_plan(model, vector, options, single_file=target.single_file)
     check_factors(plan)
@@ -236,10 +237,10 @@ def _differing(base: Checkpoint, vector: TaskVector, options: Options) -> list[s
 
 
 def _warnings(plan: Plan, result: RunResult, differing: list[str]) -> Iterator[str]:
-    """What the numbers of the file are not, or hold besides numbers; and what its card does not say."""
+    """What the numbers of the file are not, or hold besides numbers; and whose licence they are under."""
     from .card import inputs_of, licence_note
 
-    licences = None if plan.single_file else licence_note(inputs_of(plan))
+    licences = licence_note(inputs_of(plan), with_card=not plan.single_file)
     if licences:
         yield licences
     dtype, counts = plan.options.out_dtype, result.counts

@@ -10,6 +10,11 @@ from ..delta.vector import TaskVector
 from ..errors import UsageError, listing, show
 
 
+def patterns(given: str | Sequence[str]) -> tuple[str, ...]:
+    """One pattern or several."""
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 class NameFilter:
     """Which tensor names are edited; it remembers the names it was asked about."""
 
@@ -27,11 +32,11 @@ class NameFilter:
         """Raises UsageError for a pattern that matches no tensor: it is a typing error."""
         inputs = {name for _, source in vector.terms for checkpoint in source.inputs for name in checkpoint.tensors}
         edited = self._asked | base.tensors.keys()
-        for option, patterns, known in (
+        for option, chosen, known in (
             ("--include", self._include, edited),
             ("--exclude", self._exclude, edited | inputs),
         ):
-            for pattern in patterns:
+            for pattern in chosen:
                 if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
                     raise UsageError(
                         f"{option} '{show(pattern)}' matches no tensor of {show(base.path)}",

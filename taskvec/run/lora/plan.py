@@ -22,6 +22,7 @@ from ...errors import AdapterError, UsageError, counted, listing, show
 from ..edited import PathLike
 from ..extract import vector_plan
 from ..jobs import Job, tiles
+from ..name_filter import patterns
 from ..output import Target, check_space, check_target
 from ..plan import OUT_DTYPES, Options, Plan, human_bytes, match
 from .layout import Layout, lay_out, value_key
@@ -133,13 +134,13 @@ def plan_lora(
     energy: float | None = None,
     dtype: str = "float32",
     modules_to_save: bool = True,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     prefix: str = "",
     overwrite: bool = False,
 ) -> LoraPlan:
     """What `extract_lora` with the same arguments would do, and every refusal of it that can be known before."""
-    settings = _settings(rank, energy, dtype, modules_to_save, tuple(include), tuple(exclude), prefix)
+    settings = _settings(rank, energy, dtype, modules_to_save, patterns(include), patterns(exclude), prefix)
     target = Target.of(output)
     if target.single_file:
         raise UsageError(f"output {show(output)}: an adapter is a folder", hint="Name one without .safetensors")
@@ -185,6 +186,7 @@ def _settings(
     if dtype not in _DTYPES:
         raise UsageError(f"dtype {show(dtype)}, expected one of {', '.join(_DTYPES)}")
     stripped = prefix.strip(".")
+    rank, energy = None if rank is None else int(rank), None if energy is None else float(energy)  # of numpy they may be
     return Settings(rank, energy, dtype, modules_to_save, include, exclude, f"{stripped}." if stripped else "")
 
 
@@ -216,7 +218,7 @@ def _plan(base: Checkpoint, tuned: Checkpoint, settings: Settings) -> LoraPlan:
     layout, notes = _settle_ties(base, layout, stored)
     _refuse(base, tuned, layout, settings)
     names = {layer.name for layer in layout.layers}
-    licences = licence_note((base, tuned))
+    licences = licence_note((base, tuned), with_card=True)
     notes += [licences] if licences else []
     return LoraPlan(
         base=base,
