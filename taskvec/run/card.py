@@ -5,7 +5,6 @@ numbers. Names, never paths of a machine; nothing of the base's own evaluation, 
 from __future__ import annotations
 
 import re
-import shlex
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,12 +12,9 @@ from typing import TYPE_CHECKING, Any
 from .._version import __version__
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import exists
-from ..delta.dense import FineTune
-from ..delta.source import AdapterSource, DeltaSource
-from ..delta.stored import StoredVector
 from ..delta.vector import formula
-from ..delta.weighting import Masked, Scaled, Selected
 from ..errors import counted, show
+from . import reproduce
 from .front_matter import FrontMatter, front_matter_of
 from .kernel import Counts
 from .plan import Options, Plan
@@ -30,8 +26,6 @@ if TYPE_CHECKING:
     from .lora.plan import LoraPlan, Settings
 
 _TAGS = ("taskvec", "task-arithmetic")
-_IN_PYTHON = "In Python, `taskvec.json` says which inputs the terms of the formula are, and which options it took."
-_LONGEST_COMMAND = 4000  # characters
 _MOST_ROWS = 30  # of the table of module kinds
 
 
@@ -121,7 +115,7 @@ def _body(plan: Plan, result: RunResult) -> Iterable[str]:
     yield from _kinds(plan, result)
     yield from _code(plan)
     yield from _made_from(inputs_of(plan))
-    yield from _again(_command(plan))
+    yield from _again(reproduce.edit(plan))
 
 
 def _vector_body(plan: Plan, result: RunResult) -> Iterable[str]:
@@ -129,21 +123,21 @@ def _vector_body(plan: Plan, result: RunResult) -> Iterable[str]:
     yield from ("# A task vector", "", f"Made by taskvec {__version__}, without training:", "")
     yield from (f"    {show(formula(plan.vector).removeprefix('+ '), 2000)}", "")
     yield "Differences of weights, not a model: they are added to one, or subtracted, times a number, as in"
-    use = ["taskvec", "subtract", _typed(plan.base), "vector", "--alpha", "0.3", "-o", "edited"]
-    yield from ("", *_line(use), "", "## What it holds", "", *_selection(plan.options))
+    use = reproduce.command("taskvec", "subtract", reproduce.typed(plan.base), "vector", "--alpha", "0.3", "-o", "edited")
+    yield from ("", *use, "", "## What it holds", "", *_selection(plan.options))
     yield f"- tensors: {did['tensors_edited']}; those in which nothing changed are left out"
     yield f"- elements that are not zero: {did['elements_changed']} of {did['elements']}, in {plan.options.out_dtype}"
     yield ""
     yield from _kinds(plan, result)
     yield from _made_from(inputs_of(plan))
-    yield from _again(_extract_command(plan))
+    yield from _again(reproduce.extract(plan))
 
 
 def _adapter_body(plan: LoraPlan, found: Sequence[Extracted]) -> Iterable[str]:
     yield from (f"# {_shown(plan.tuned.label)} − {_shown(plan.base.label)}, as a LoRA", "")
     yield f"Made by taskvec {__version__}, without training: the difference Δ of every weight that changed, as a product B·A"
     yield from ("of low rank. Added to the base it gives the tuned model back, within the errors below:", "")
-    yield from (*_line(["taskvec", "lora", "merge", _typed(plan.base), "adapter", "-o", "merged"]), "")
+    yield from (*reproduce.command("taskvec", "lora", "merge", reproduce.typed(plan.base), "adapter", "-o", "merged"), "")
     yield from ("## What it holds", "", *_selection(plan.settings))
     if plan.layout.values:
         yield f"- new values of {counted(len(plan.layout.values), 'tensor')} (norms, biases), as they are"
@@ -160,7 +154,7 @@ def _adapter_body(plan: LoraPlan, found: Sequence[Extracted]) -> Iterable[str]:
     yield ""
     yield from (f"Note: {_shown(note, 2000)}\n" for note in plan.notes)
     yield from _made_from([plan.base, plan.tuned])
-    yield from _again(_lora_command(plan))
+    yield from _again(reproduce.extract_lora(plan))
 
 
 def _made_from(inputs: Iterable[Checkpoint]) -> Iterable[str]:
@@ -223,82 +217,6 @@ def _kinds(plan: Plan, result: RunResult) -> Iterable[str]:
 def _kind(name: str) -> str:
     """The last two parts of a name, numbers left out."""
     return ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
-
-
-def _command(plan: Plan) -> list[str]:
-    """The command line that makes the output again, or the Python where no command line does."""
-    if len(plan.vector.terms) != 1 or _beyond_a_command(plan):
-        return [_IN_PYTHON]
-    ((coefficient, source),) = plan.vector.terms
-    verb = "subtract" if coefficient < 0 else "add"
-    words = ["taskvec", verb, _typed(plan.base), _typed(_tuned(source)), "--alpha", f"{abs(coefficient)!r}"]
-    origin = source.origin if isinstance(source, (FineTune, AdapterSource)) else None
-    if origin is not None and origin != plan.base:
-        words += ["--base", _typed(origin)]
-    words += ["--force-base"] if isinstance(source, StoredVector) and source.force_base else []
-    options = plan.options
-    words += ["--out-dtype", options.out_dtype] if options.out_dtype != "same" else []
-    words += ["--max-shard-size", str(options.max_shard_size)] if options.max_shard_size is not None else []
-    words += _chosen(options)
-    words += [] if options.code else ["--no-code"]
-    return _line([*words, "-o", "edited"])
-
-
-def _extract_command(plan: Plan) -> list[str]:
-    """As `_command`, of a saved vector."""
-    sources = [source for _, source in plan.vector.terms]
-    origins = [source.origin for source in sources if isinstance(source, (FineTune, AdapterSource))]
-    if _beyond_a_command(plan) or any(origin not in (None, plan.base) for origin in origins):
-        return [_IN_PYTHON]
-    words = ["taskvec", "extract", _typed(plan.base), *(_typed(_tuned(source)) for source in sources)]
-    coefficients = [coefficient for coefficient, _ in plan.vector.terms]
-    words += [word for c in coefficients for word in ("--alpha", f"{c!r}")] if coefficients != [1] else []
-    words += ["--force-base"] if any(isinstance(source, StoredVector) and source.force_base for source in sources) else []
-    options = plan.options
-    words += ["--dtype", options.out_dtype] if options.out_dtype != "float32" else []
-    words += ["--max-shard-size", str(options.max_shard_size)]
-    return _line([*words, *_chosen(options), "-o", "vector"])
-
-
-def _lora_command(plan: LoraPlan) -> list[str]:
-    settings = plan.settings
-    words = ["taskvec", "lora", "extract", _typed(plan.base), _typed(plan.tuned)]
-    words += ["--rank", str(settings.rank)] if settings.rank is not None else []
-    words += ["--energy", f"{settings.energy!r}"] if settings.energy is not None else []
-    words += ["--dtype", settings.dtype] if settings.dtype != "float32" else []
-    words += [] if settings.modules_to_save else ["--no-modules-to-save"]
-    words += ["--prefix", settings.prefix.removesuffix(".")] if settings.prefix else []
-    return _line([*words, *_chosen(settings), "-o", "adapter"])
-
-
-def _beyond_a_command(plan: Plan) -> bool:
-    return any(isinstance(source, (Scaled, Selected, Masked)) for _, source in plan.vector.terms)
-
-
-def _chosen(options: Options | Settings) -> Iterable[str]:
-    yield from (word for pattern in options.include for word in ("--include", pattern))
-    yield from (word for pattern in options.exclude for word in ("--exclude", pattern))
-
-
-def _line(words: Sequence[str]) -> list[str]:
-    line = shlex.join(words)
-    if len(line) > _LONGEST_COMMAND:
-        return ["By a command that is too long for a card: `taskvec.json` has what it said."]
-    return [f"    {show(line, _LONGEST_COMMAND)}"]
-
-
-def _tuned(source: DeltaSource) -> Checkpoint:
-    if isinstance(source, FineTune):
-        return source.tuned
-    return source.checkpoint if isinstance(source, StoredVector) else source.inputs[0]
-
-
-def _typed(checkpoint: Checkpoint) -> str:
-    """A name that a person can type: of the Hub, at its commit, or the last part of a path."""
-    place = checkpoint.hub
-    if place is None:
-        return f"./{checkpoint.label}" if checkpoint.label.startswith("-") else checkpoint.label
-    return f"hf://{place.id}@{place.commit}/{place.path}" if place.path else f"{place.id}@{place.commit}"
 
 
 def _named(checkpoint: Checkpoint) -> str:

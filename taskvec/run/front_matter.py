@@ -12,6 +12,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import read_bytes
 from ..errors import TaskvecError
 
+_DEEPEST = 100  # open collections
 _LARGEST_CARD = 4 << 20  # bytes
 _LONGEST = 200  # characters of one text: a name or an address
 _MOST = 1000  # of a list
@@ -68,7 +69,8 @@ def front_matter(text: str) -> FrontMatter:
 
 def _mapping(events: Iterable[Any]) -> Mapping[str, str | list[str]]:
     """key -> text or list of texts, of a document that is one mapping; what else is in it is passed over. Raises ValueError
-    for any other document, and for an alias: a few of them can stand for gigabytes."""
+    for any other document; for an alias, as a few of them can stand for gigabytes; and for depth, of which libyaml takes the
+    square."""
     import yaml
 
     found: dict[str, str | list[str]] = {}
@@ -83,6 +85,8 @@ def _mapping(events: Iterable[Any]) -> Mapping[str, str | list[str]]:
             if not begins and key is None:
                 raise ValueError("not a mapping of names")
             depth += 1
+            if depth > _DEEPEST:
+                raise ValueError("too deep")
             held = [] if depth == 2 and isinstance(event, yaml.SequenceStartEvent) and event.tag is None else held
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import close_session
+from safetensors.torch import save
 
 from taskvec.checkpoint import files, repository
 
 from .client import Client, adopt
+from .small_models import JUNK, SIDE, adapter, sharded, tensors
 from .stand_in import Hub
 from .stand_in.xet import installed
 
@@ -62,3 +64,12 @@ def either_hub(request: pytest.FixtureRequest) -> Hub:
     """The test runs twice: by LFS and by Xet."""
     found: Hub = request.getfixturevalue("hub" if request.param == "lfs" else "xet_hub")
     return found
+
+
+@pytest.fixture
+def models(hub: Hub) -> Hub:
+    """A Hub with a model, a fine-tune of it and an adapter."""
+    hub.add_model("org/base", {**sharded(1), **SIDE, **JUNK})
+    hub.add_model("org/old", {"model.safetensors": save(tensors(2)), "config.json": b"{}", "tokenizer.json": b"{}" * 999})
+    hub.add_model("me/lora", adapter())
+    return hub

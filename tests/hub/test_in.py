@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
@@ -19,48 +15,8 @@ from safetensors.torch import load_file, save, save_file
 import taskvec as tv
 from taskvec.checkpoint import files, repository
 
+from .small_models import FIRST, INDEX, SECOND, SHAPES, SIDE, adapter, sharded, tensors, weights
 from .stand_in import Hub, refusals
-
-SHAPES = {"model.embed.weight": (300, 8), "model.h.0.q.weight": (8, 8), "model.h.1.q.weight": (8, 8), "norm.weight": (8,)}
-FIRST, SECOND, INDEX = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"
-SIDE = {
-    "config.json": b'{"model_type": "llama"}',
-    "tokenizer.json": b"{}",
-    "sub/chat.jinja": b"hi",
-    "README.md": b"---\nlicense: mit\n---\n",
-}
-JUNK = {"pytorch_model.bin": b"\x80pickle", "original/consolidated.pth": b"\x80", "model.gguf": b"GGUF" * 100}
-
-
-def tensors(seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in SHAPES.items()}
-
-
-def sharded(seed: int) -> dict[str, bytes]:
-    held = tensors(seed)
-    parts = {FIRST: dict(list(held.items())[:2]), SECOND: dict(list(held.items())[2:])}
-    weight_map = {name: file for file, part in parts.items() for name in part}
-    index = {"metadata": {}, "weight_map": weight_map}
-    return {**{file: save(part) for file, part in parts.items()}, INDEX: json.dumps(index).encode()}
-
-
-def adapter(**config: Any) -> dict[str, bytes]:
-    generator = torch.Generator().manual_seed(9)
-    held = {
-        f"base_model.model.model.h.0.q.lora_{x}.weight": torch.randn(s, generator=generator)
-        for x, s in (("A", (2, 8)), ("B", (8, 2)))
-    }
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "org/base", **config}
-    return {"adapter_model.safetensors": save(held), "adapter_config.json": json.dumps(settings).encode()}
-
-
-@pytest.fixture
-def models(hub: Hub) -> Hub:
-    hub.add_model("org/base", {**sharded(1), **SIDE, **JUNK})
-    hub.add_model("org/old", {"model.safetensors": save(tensors(2)), "config.json": b"{}", "tokenizer.json": b"{}" * 999})
-    hub.add_model("me/lora", adapter())
-    return hub
 
 
 @pytest.fixture
@@ -76,10 +32,6 @@ def local(models: Hub, tmp_path: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
     return tmp_path / "local"
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
 def fetched(hub: Hub, file: str = "*.safetensors") -> int:
@@ -390,196 +342,6 @@ def test_a_look_without_a_token_does_not_take_it_from_who_has_one(models: Hub, t
     with pytest.raises(tv.HubError):
         tv.inspect("me/secret")
     (base - tv.TaskVector.between(base, "org/old")).save(tmp_path / "out", fsync=False)
-
-
-NAMED = b"---\nlicense: other\nlicense_name: ours\nlicense_link: %b\n---\n"
-CARDS: dict[str, tuple[bytes, str]] = {
-    "Windows lines": (b"---\r\nlicense: mit\r\n---\r\nhello", "license: mit"),
-    "a byte order mark": (b"\xef\xbb\xbf---\nlicense: mit\n---\n", "license: mit"),
-    "a bomb": (b"---\na: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a]\nlicense: [*b,*b,*b,*b]\n---\n", "library_name"),
-    "a list of licences": (b"---\nlicense: [mit, apache-2.0]\n---\n", "library_name"),
-    "Norwegian": (b"---\nlanguage: [no, en]\n---\n", "language:\n- 'no'\n- en"),
-    "code": (b"---\nlicense: !!python/object/apply:os.system [exit]\n---\n", "library_name"),
-    "other kinds": (b"---\npipeline_tag: [a]\ntags: {a: b}\nlibrary_name: [[x]]\n---\n", "tags:\n- taskvec"),
-    "tags in place of text": (b"---\nlicense: !!int ''\nlanguage: !!timestamp x\ntags: [!!bool maybe, b]\n---\n", "- b"),
-    "a list of tags": (b"---\ntags:\n- one\n- {a: b}\n- [c]\n- two\nlanguage: en\n---\n", "- one\n- two"),
-    "no text": (
-        b"---\npipeline_tag: null\nlibrary_name: ~\nlanguage:\ntags: [null, '']\n---\n",
-        "library_name: transformers",
-    ),
-    "a list": (b"---\n- license\n- mit\n---\n", "library_name"),
-    "a text": (b"---\nlicense\n---\n", "library_name"),
-    "a list as a name": (b"---\nlicense: mit\n? [a]\n: b\n---\n", "library_name"),
-    "a long text": (b"---\nlicense: mit\nlicense_name: " + b"x" * 9999 + b"\n---\n", "license: mit\nlibrary_name"),
-    "much": (b"---\nlicense: mit\nx: [" + b"[1, 2], " * 20_000 + b"]\nlanguage: de\n---\n", "language:\n- de"),
-    "deep": (b"---\nlicense: mit\nx: " + b"[" * 50_000 + b"\n---\n", "library_name"),
-    "a line separator": (b"---\nlicense_name: 'a \xe2\x80\xa8 b'\n---\n", "license_name"),
-    "a link": (NAMED % b"https://example.com/LICENSE", "license_link: https://example.com/LICENSE"),
-    "a file of the model": (NAMED % b"LICENSE", "license_link: LICENSE"),
-    "a file that is not there": (NAMED % b"LICENSE.md", "license_name: ours\nlibrary_name"),
-    "a file of a machine": (NAMED % b"file:///home/me/LICENSE", "license_name: ours\nlibrary_name"),
-    "a password": (NAMED % b"https://me:secret@example.com/LICENSE", "license_name: ours\nlibrary_name"),
-}
-
-
-WITH_LICENCE = {
-    "Windows lines", "a byte order mark", "a long text", "much", "a link", "a file of the model", "a file that is not there",
-    "a file of a machine", "a password",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CARDS)
-def test_whatever_the_card_of_the_base_says_the_outputs_is_valid(case: str, hub: Hub, tmp_path: Path) -> None:
-    content, part = CARDS[case]
-    base = {**sharded(1), "config.json": SIDE["config.json"], "LICENSE": b"yes", "README.md": content}
-    for name, data in base.items():
-        (tmp_path / "base").mkdir(exist_ok=True)
-        (tmp_path / "base" / name).write_bytes(data)
-    hub.add_model("org/old", {"model.safetensors": save(tensors(2))})
-    tv.subtract(tmp_path / "base", "org/old", alpha=1, output=tmp_path / "out", fsync=False)
-    head = (tmp_path / "out/README.md").read_text().split("\n---")[0]
-    assert part in head
-    assert ("license:" in head) == (case in WITH_LICENCE)
-    tv.extract(tmp_path / "base", "org/old", output=tmp_path / "vector", fsync=False)
-    vector = yaml.safe_load((tmp_path / "vector/README.md").read_text().split("---")[1])
-    assert vector.get("license_link") == ("https://example.com/LICENSE" if case == "a link" else None)
-    for folder in ("out", "vector"):
-        tv.push(tmp_path / folder, f"me/{folder}")  # the Hub checks it too
-
-
-MADE: dict[str, tuple[str, ...]] = {
-    "a vector": ("extract", "org/base", "org/old"),
-    "an adapter's vector": ("extract", "org/base", "me/lora"),
-    "a sum": ("extract", "org/base", "org/old", "me/lora", "--alpha", "2", "--alpha", "-0.25"),
-    "part of a vector, halved, in shards": (
-        "extract", "org/base", "org/old", "--alpha", "-0.5", "--include", "model.*", "--exclude", "*.1.*",
-        "--dtype", "bfloat16", "--max-shard-size", "4900",
-    ),
-    "an adapter": ("lora", "extract", "org/base", "org/old", "--rank", "2"),
-    "an adapter of ranks": (
-        "lora", "extract", "org/base", "org/old", "--energy", "0.7", "--rank", "5", "--dtype", "float16", "--prefix", "outer",
-        "--include", "*.weight", "--exclude", "norm*", "--no-modules-to-save",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", MADE)
-def test_the_card_of_a_vector_or_an_adapter_says_of_what_it_is_and_how_it_was_made(case: str, models: Hub) -> None:
-    here = models.client.here
-    done = models.client.run("taskvec", *MADE[case], "-o", "first")
-    assert done.returncode == 0, done.stderr
-    card = (here / "first/README.md").read_text()
-    head = yaml.safe_load(card.split("---")[1])
-    assert head["base_model"] == ["org/base"] and head["base_model_relation"] == "adapter" and head["license"] == "mit"
-    assert head.get("library_name") == ("peft" if MADE[case][0] == "lora" else None)
-    models.add_model("org/old", {"model.safetensors": save(tensors(3))})  # somebody pushes meanwhile: the card names commits
-    lines = card.partition("## Make it again")[2].strip().splitlines()
-    again = shlex.split(lines[0])
-    assert again[-2:] == ["-o", "vector" if MADE[case][0] == "extract" else "adapter"]
-    done = models.client.run(again[0], *again[1:])
-    assert done.returncode == 0, done.stderr
-    assert weights(here / again[-1]) == weights(here / "first") and (here / again[-1] / "README.md").read_text() == card
-    tv.push(here / "first", "me/made")
-    assert models.files("me/made", "main")["README.md"].decode() == card
-
-
-def test_the_card_of_an_adapter_says_its_ranks_and_errors(models: Hub, tmp_path: Path) -> None:
-    tuned = tensors(1)
-    tuned["model.embed.weight"][:, :2] += 1
-    tuned["model.h.0.q.weight"][0] += torch.arange(8)  # of rank 1
-    tuned["model.h.1.q.weight"] += torch.eye(8)
-    models.add_model("org/old", {"model.safetensors": save(tuned)})
-    made = tv.extract_lora("org/base", "org/old", output=tmp_path / "lora", energy=0.7, fsync=False)
-    rows = [line for line in (tmp_path / "lora/README.md").read_text().splitlines() if line.startswith("| ")]
-    found = [tensor for tensor in made.tensors if tensor.layer.name.endswith("q.weight")]
-    ranks = sorted(tensor.rank for tensor in found)
-    assert len(found) == 2 and ranks[0] < ranks[1]
-    assert f"| h.q | 2 | {ranks[0]}–{ranks[1]} | {max(tensor.error for tensor in found):.3g} |" in rows
-    (embedding,) = (tensor for tensor in made.tensors if tensor.layer.name == "model.embed.weight")
-    assert f"| model.embed | 1 | {embedding.rank} | {embedding.error:.3g} |" in rows
-
-
-def test_a_vector_that_no_command_makes_says_so(models: Hub, tmp_path: Path) -> None:
-    old = tv.TaskVector.between("org/base", "org/old")
-    old.scaled({"*.h.*": 0.5, "*": 1.0}).save(tmp_path / "scaled", fsync=False)
-    assert "`taskvec.json` says which inputs the terms" in (tmp_path / "scaled/README.md").read_text()
-    patterns = [f"*{n:060}*" for n in range(100)]
-    with pytest.raises(tv.UsageError, match="matches no tensor"):
-        old.save(tmp_path / "long", exclude=patterns, fsync=False)
-    old.save(tmp_path / "long", include=[f"model.h.0.q.[w{'x' * n}]eight" for n in range(100)], fsync=False)
-    assert "too long for a card: `taskvec.json` has what it said" in (tmp_path / "long/README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("base", "old", "warned"),
-    [
-        (b"license: mit", b"license: gpl-3.0", "the card names that of"),
-        (b"tags: [x]", b"license: gpl-3.0", "the card names none"),
-        (b"license: mit", b"license: MIT", None),
-        (b"license: mit", b"tags: [x]", None),
-    ],
-)
-def test_inputs_of_one_name_have_licences_of_their_own(base: bytes, old: bytes, warned: str | None, tmp_path: Path) -> None:
-    for name, seed, said in (("a", 1, base), ("b", 2, old)):
-        (tmp_path / name / "model").mkdir(parents=True)
-        (tmp_path / name / "model/model.safetensors").write_bytes(save(tensors(seed)))
-        (tmp_path / name / "model/README.md").write_bytes(b"---\n" + said + b"\n---\n")
-    report = tv.subtract(tmp_path / "a/model", tmp_path / "b/model", alpha=1, output=tmp_path / "out", fsync=False)
-    found = [warning for warning in report.warnings if "several licences" in warning]
-    assert len(found) == (warned is not None) and all(str(warned) in warning for warning in found)
-
-
-def test_the_licence_of_a_mask_counts(models: Hub, tmp_path: Path) -> None:
-    mask = {"model.safetensors": save({"norm.weight": torch.ones(8)}), "README.md": b"---\nlicense: cc-by-nc-4.0\n---\n"}
-    models.add_model("me/mask", mask)
-    old = tv.TaskVector.between("org/base", "org/old").masked("me/mask")
-    made = old.save(tmp_path / "vector", base="org/base", fsync=False)
-    assert any("cc-by-nc-4.0" in warning for warning in made.warnings)
-    assert "| me/mask |" in (tmp_path / "vector/README.md").read_text()
-
-
-def test_names_on_a_card_draw_nothing(tmp_path: Path) -> None:
-    names = ("-a|b", "x `y` *z* <img src=x>")
-    for seed, name in enumerate(names):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(save(tensors(seed)))
-    tv.extract_lora(tmp_path / names[0], tmp_path / names[1], output=tmp_path / "lora", rank=1, exclude="norm*", fsync=False)
-    text = (tmp_path / "lora/README.md").read_text()
-    assert "# x \\`y\\` \\*z\\* \\<img src=x\\> − -a\\|b, as a LoRA" in text and "| -a\\|b |" in text
-    assert "taskvec lora extract './-a|b' 'x `y` *z* <img src=x>'" in text
-    assert "- without tensors that match norm\\*" in text
-
-
-def test_numbers_and_one_pattern_from_python_are_taken(models: Hub, tmp_path: Path) -> None:
-    chosen: dict[str, Any] = {"rank": np.int64(3), "energy": np.float32(0.5), "include": "*.q.*", "fsync": False}
-    made = tv.extract_lora("org/base", "org/old", output=tmp_path / "lora", **chosen)
-    assert {tensor.layer.module for tensor in made.tensors} == {"model.h.0.q", "model.h.1.q"}
-    text = (tmp_path / "lora/README.md").read_text()
-    assert "--rank 3 --energy 0.5 --include '*.q.*'" in text and "- only tensors that match \\*.q.\\*" in text
-    saved = tv.TaskVector.between("org/base", "org/old").save(tmp_path / "v", include="*.q.*", fsync=False)
-    assert len(saved.tensors) == 2
-    assert len(tv.diff("org/base", "org/old", include="*.q.*").tensors) == 2
-
-
-def test_licences_that_differ_are_warned_of_for_vectors_and_adapters_too(hub: Hub, tmp_path: Path) -> None:
-    hub.add_model("org/base", {**sharded(1), "README.md": b"---\nlicense: mit\n---\n"})
-    hub.add_model("org/old", {"model.safetensors": save(tensors(2)), "README.md": b"---\nlicense: gpl-3.0\n---\n"})
-    made = tv.extract("org/base", "org/old", output=tmp_path / "vector", fsync=False)
-    assert any("several licences" in warning and "gpl-3.0" in warning for warning in made.warnings)
-    plan = tv.extract_lora("org/base", "org/old", output=tmp_path / "lora", rank=1, fsync=False).plan
-    assert any("several licences" in note and "gpl-3.0" in note for note in plan.notes)
-    for folder in ("vector", "lora"):
-        assert "license: mit" in (tmp_path / folder / "README.md").read_text()
-    one = tv.extract("org/base", "org/old", output=tmp_path / "one.safetensors", fsync=False)
-    assert any("several licences" in warning and "card" not in warning for warning in one.warnings)
-
-
-def test_licences_that_differ_are_warned_of(hub: Hub, tmp_path: Path) -> None:
-    hub.add_model("org/base", {**sharded(1), "README.md": b"---\nlicense: mit\n---\n"})
-    hub.add_model("org/old", {"model.safetensors": save(tensors(2)), "README.md": b"---\nlicense: gpl-3.0\n---\n"})
-    for old in ("org/old", "hf://org/old/model.safetensors"):
-        report = tv.subtract("org/base", old, alpha=1, output=tmp_path / old.replace("/", "-"), fsync=False)
-        assert any("several licences" in warning and "gpl-3.0" in warning for warning in report.warnings)
 
 
 def test_hashes_of_shards_that_are_not_needed_come_from_the_hub(models: Hub, tmp_path: Path) -> None:
