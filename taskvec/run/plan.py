@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,13 @@ class Options:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     code: bool = True
+
+    def __post_init__(self) -> None:
+        """One number has one spelling: it is written into outputs, whose bytes must not depend on where it came from."""
+        size = self.max_shard_size
+        number = isinstance(size, Integral) and not isinstance(size, bool)
+        if number or (isinstance(size, str) and re.fullmatch("[0-9]{1,15}", size)):
+            object.__setattr__(self, "max_shard_size", int(size))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -42,14 +42,16 @@ def edit(plan: Plan) -> list[str]:
 
 
 def extract(plan: Plan) -> list[str]:
-    """`taskvec extract`: a sum of scaled vectors that are all from the base."""
+    """`taskvec extract`: a sum of scaled vectors that are all from the base; forced to it all or none."""
     sources = [source for _, source in plan.vector.terms]
-    if any(leaf(source) is not source or _origin(source) not in (None, plan.base) for source in sources):
+    forced = any(map(_forced, sources))
+    alike = not forced or all(isinstance(source, StoredVector) for source in sources)
+    if not (alike and all(_opened_by_extract(source, plan.base) for source in sources)):
         return _extract_in_python(plan)
     words = ["taskvec", "extract", typed(plan.base), *(typed(_input(source)) for source in sources)]
     coefficients = [coefficient for coefficient, _ in plan.vector.terms]
     words += [word for c in coefficients for word in ("--alpha", f"{c!r}")] if coefficients != [1] else []
-    words += ["--force-base"] if any(map(_forced, sources)) else []
+    words += ["--force-base"] if forced else []
     options = plan.options
     words += ["--dtype", options.out_dtype] if options.out_dtype != "float32" else []
     words += ["--max-shard-size", str(options.max_shard_size)]
@@ -154,7 +156,7 @@ def _chosen(options: Options | Settings) -> Iterable[str]:
 
 
 def _sized(options: Options) -> list[str]:
-    return [f"max_shard_size={str(options.max_shard_size)!r}"] if options.max_shard_size is not None else []
+    return [f"max_shard_size={options.max_shard_size!r}"] if options.max_shard_size is not None else []
 
 
 def _chosen_in_python(options: Options) -> list[str]:
@@ -172,6 +174,13 @@ def _origin(source: DeltaSource) -> Checkpoint | None:
     """What the input was trained from, if that was said."""
     found = leaf(source)
     return found.origin if isinstance(found, (FineTune, AdapterSource)) else None
+
+
+def _opened_by_extract(source: DeltaSource, base: Checkpoint) -> bool:
+    """Whether it is what `taskvec extract` makes of its arguments."""
+    if isinstance(source, FineTune):
+        return source.origin == base
+    return source.origin is None if isinstance(source, AdapterSource) else isinstance(source, StoredVector)
 
 
 def _forced(source: DeltaSource) -> bool:

@@ -136,6 +136,9 @@ MADE_IN_PYTHON: dict[str, Callable[[Inputs], Any]] = {
         tv.Checkpoint.open("org/other") - 2 * tv.TaskVector.open("org/vector", force_base=True).only("*.q.*")
     ).save("first", code=False),
     "a saved sum": lambda of: (of.old.scaled({"*.h.*": 0.5, "*": 1.0}) - 0.1 * of.kept).save("first", base=of.base),
+    "forced in part": lambda of: (tv.TaskVector.open("org/vector", force_base=True) - of.old).save("first", base=of.base),
+    "of shards of a number of bytes": lambda of: of.old.ramp(0, 1).save("first", max_shard_size=np.int64(500)),
+    "of an adapter and its base": lambda of: of.lora.save("first"),
     "saved for another": lambda of: tv.TaskVector.between("org/old", of.base).save("first", base="org/other"),
     "a saved part": lambda of: of.old.masked("me/mask").save(
         "first", dtype="bfloat16", max_shard_size="5MB", include="model.*", exclude="*.1.*"
